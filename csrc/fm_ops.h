@@ -1,0 +1,110 @@
+/* The core's interface: lists of tensors as plain views, operators as functions. Nothing here knows of torch.
+ *
+ * A list is cut into chunks of FM_CHUNK elements (a tensor's last chunk may be shorter, no chunk spans two tensors).
+ * Chunks are the unit of parallel work and of reduction: each has one partial result, and the partial results are
+ * summed by a fixed tree. So no result depends on the number of threads or on where one thread's share ends. */
+#ifndef FM_OPS_H
+#define FM_OPS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fm_math.h"
+
+enum {
+  FM_CHUNK = 4096,   /* elements of one partial result */
+  FM_LANES = 128,    /* running sums inside a chunk: element i adds to lane i % 128, then lanes fold in halves */
+  FM_BLOCK = 1024,   /* elements that pass through a kernel's buffers at a time: 4 or 8 KiB each, within L1 */
+  FM_GRAIN = 16,     /* chunks below which a list is not split over threads: about 10 us of work */
+  FM_MAX_DIMS = 16,  /* dimensions that remain after merging adjacent ones */
+  FM_ALIGNMENT = 64, /* of each tensor in a backup, in bytes */
+};
+
+typedef enum fm_dtype { FM_F32, FM_F64, FM_BF16, FM_F16 } fm_dtype;
+
+static inline size_t fm_dtype_size(fm_dtype t) { return t == FM_F64 ? 8 : t == FM_F32 ? 4 : 2; }
+
+/* Where element k of a tensor lies if not at k: sizes and strides (in elements) of the dimensions, outermost first. */
+typedef struct fm_layout {
+  int dims;
+  int64_t size[FM_MAX_DIMS], stride[FM_MAX_DIMS];
+} fm_layout;
+
+typedef struct fm_view {
+  char *data;
+  const fm_layout *layout; /* NULL: element k is at k */
+  int64_t numel;
+  fm_dtype dtype;
+} fm_view;
+
+/* One tensor's operands, in the order that its operator gives below. */
+enum { FM_MAX_OPERANDS = 6 };
+typedef struct fm_row {
+  fm_view operand[FM_MAX_OPERANDS];
+  bool wide;                   /* float64 arithmetic: some operand is float64 */
+  int scaling;                 /* T(w) of this tensor: ASAM leaves biases and norm layers unscaled */
+  double step_size;            /* Adam: lr / bias correction 1 */
+  double root_bias_correction; /* Adam: square root of bias correction 2 */
+} fm_row;
+
+enum { FM_REDUCE_GRAD, FM_REDUCE_WEIGHT };                  /* the weight only where T needs it */
+enum { FM_ASCEND_PARAM, FM_ASCEND_GRAD, FM_ASCEND_OLD };    /* old: the backup */
+enum { FM_STEP_PARAM, FM_STEP_OLD, FM_STEP_GRAD };          /* restore and the fused steps */
+enum { FM_SGD_BUFFER = 3 };                                 /* absent (data NULL) without momentum */
+enum { FM_ADAM_MEAN = 3, FM_ADAM_SQUARE, FM_ADAM_LARGEST }; /* largest: amsgrad only, else data NULL */
+
+typedef struct fm_options {
+  double q, eta, norm;
+  double rho, eps; /* ascend */
+  bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
+  uint64_t seed, step;
+  double lr, momentum, dampening, weight_decay; /* the base steps */
+  double beta1, beta2, adam_eps;
+  bool nesterov, maximize, first_step, decoupled, amsgrad;
+} fm_options;
+
+/* parallel_for(begin, end, grain, fn, context) calls fn on disjoint ranges that cover [begin, end). */
+typedef void (*fm_range_fn)(int64_t begin, int64_t end, void *context);
+typedef void (*fm_parallel_for)(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context);
+
+typedef struct fm_list {
+  fm_row *rows;
+  int64_t count;
+  int64_t *first_chunk; /* count + 1 entries: row r owns chunks [first_chunk[r], first_chunk[r + 1]) */
+  double *partials;     /* reductions: three doubles a chunk */
+} fm_list;
+
+/* What one thread runs: a share of a list's chunks. */
+typedef struct fm_job {
+  const fm_list *list;
+  const fm_options *options;
+  bool streaming; /* store past the caches: the list is larger than they are */
+} fm_job;
+typedef void fm_kernel(const fm_job *job, int64_t chunk_begin, int64_t chunk_end);
+
+/* One table for each instruction set, all compiled from kernels.c. */
+#define FM_KERNELS(X) X(square_sum) X(power_sum) X(largest) X(ties) X(ascend) X(restore) X(restore_sgd) X(restore_adam)
+
+typedef struct fm_kernels {
+  int isa; /* 1 baseline, 3 and 4 x86-64-v3 and -v4 */
+#define FM_FIELD(name) fm_kernel *name;
+  FM_KERNELS(FM_FIELD)
+#undef FM_FIELD
+} fm_kernels;
+
+/* The table in use: the best that the processor runs, or what the environment variable FM_ISA (base, v3, v4) names. */
+extern const fm_kernels *fm_active_kernels;
+
+/* Number of chunks; fills list->first_chunk. */
+int64_t fm_list_plan(fm_list *list);
+
+/* The operators. Reductions need list->partials (three doubles a chunk) and return the value. */
+double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+void fm_sam_ascend(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+void fm_restore(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+void fm_restore_sgd(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+void fm_restore_adam(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+
+#endif

@@ -1,0 +1,232 @@
+/* The loops of every operator over its tensors. Compiled once per instruction set (FM_KERNELS_NAME names the table);
+ * the compiler vectorises one text, so all tables give the same bits.
+ *
+ * Data passes through blocks of FM_BLOCK elements: load (a pointer where no conversion is needed), compute in float or
+ * double, store. A block stays in L1, so whatever is done to it costs no memory traffic; the streams that remain are
+ * those of the operator itself: norm 1, ascend 4, restore with SGD and momentum 5. */
+#include "fm_ops.h"
+
+#include <assert.h>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#define FM_INLINE static inline __attribute__((always_inline))
+
+/* ---- raw blocks: bytes in and out of dense or strided tensors ---- */
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FM_INLINE void copy_element(char *to, const char *from, size_t size) {
+  switch (size) {
+    case 2: memcpy(to, from, 2); break;
+    case 4: memcpy(to, from, 4); break;
+    default: memcpy(to, from, 8); break;
+  }
+}
+
+/* Copies elements [at, at + n) of a strided tensor: from it `into` a dense block, or into it `from` one; the other is
+ * NULL. */
+static void copy_strided(const fm_view *v, int64_t at, int64_t n, char *into, const char *from) {
+  const fm_layout *layout = v->layout;
+  const size_t size = fm_dtype_size(v->dtype);
+  const int inner = layout->dims - 1;
+  assert(inner >= 0);
+  int64_t index[FM_MAX_DIMS], rest = at;
+  for (int d = inner; d >= 0; d--) {
+    index[d] = rest % layout->size[d];
+    rest /= layout->size[d];
+  }
+  while (n > 0) {
+    int64_t offset = 0;
+    for (int d = 0; d <= inner; d++) {
+      offset += index[d] * layout->stride[d];
+    }
+    const int64_t run = min64(n, layout->size[inner] - index[inner]), step = layout->stride[inner] * (int64_t)size;
+    char *element = v->data + offset * (int64_t)size;
+    for (int64_t k = 0; k < run; k++, element += step) {
+      if (into != NULL) {
+        copy_element(into + k * (int64_t)size, element, size);
+      } else if (from != NULL) {
+        copy_element(element, from + k * (int64_t)size, size);
+      }
+    }
+    into = into != NULL ? into + run * (int64_t)size : NULL;
+    from = from != NULL ? from + run * (int64_t)size : NULL;
+    n -= run;
+    index[inner] += run;
+    for (int d = inner; d > 0 && index[d] == layout->size[d]; d--) {
+      index[d] = 0;
+      index[d - 1]++;
+    }
+  }
+}
+
+/* The bytes of a block: in place if the tensor is dense, else gathered into scratch. */
+static const char *raw_block(const fm_view *v, int64_t at, int64_t n, char *scratch) {
+  if (v->layout == NULL) {
+    return v->data + at * (int64_t)fm_dtype_size(v->dtype);
+  }
+  copy_strided(v, at, n, scratch, NULL);
+  return scratch;
+}
+
+/* Copies past the caches in the widest aligned stores that the instruction set has. */
+static void stream_bytes(char *to, const char *from, size_t n) {
+#if defined(__AVX512F__)
+  enum { WIDTH = 64 };
+#elif defined(__AVX__)
+  enum { WIDTH = 32 };
+#elif defined(__SSE2__)
+  enum { WIDTH = 16 };
+#endif
+#ifdef __SSE2__
+  size_t head = (size_t)(-(uintptr_t)to % WIDTH);
+  head = head < n ? head : n;
+  memcpy(to, from, head);
+  size_t i = head;
+  for (; i + WIDTH <= n; i += WIDTH) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((void *)(to + i), _mm512_loadu_si512((const void *)(from + i)));
+#elif defined(__AVX__)
+    _mm256_stream_si256((void *)(to + i), _mm256_loadu_si256((const void *)(from + i)));
+#else
+    _mm_stream_si128((void *)(to + i), _mm_loadu_si128((const void *)(from + i)));
+#endif
+  }
+  memcpy(to + i, from + i, n - i);
+#else
+  memcpy(to, from, n);
+#endif
+}
+
+/* Streaming stores are not ordered with the stores that will announce this thread's end: fence before returning. */
+static void stream_end(bool streaming) {
+#ifdef __SSE2__
+  if (streaming) {
+    _mm_sfence();
+  }
+#else
+  (void)streaming;
+#endif
+}
+
+static void put_raw(const fm_view *v, int64_t at, int64_t n, const char *bytes, bool streaming) {
+  const size_t size = fm_dtype_size(v->dtype);
+  char *to = v->data + at * (int64_t)size;
+  if (v->layout != NULL) {
+    copy_strided(v, at, n, NULL, bytes);
+  } else if (streaming) {
+    stream_bytes(to, bytes, (size_t)n * size);
+  } else {
+    memcpy(to, bytes, (size_t)n * size);
+  }
+}
+
+/* ---- walking a share of a list ---- */
+
+/* Calls `row_kernel` on the elements of each row that chunks [begin, end) cover. */
+typedef void row_fn(const fm_job *job, int64_t row, int64_t begin, int64_t end);
+
+FM_INLINE void for_rows(const fm_job *job, int64_t chunk_begin, int64_t chunk_end, row_fn *row_kernel) {
+  const int64_t *first = job->list->first_chunk;
+  int64_t low = 0, high = job->list->count; /* the row that owns chunk_begin: first[low] <= chunk_begin < first[high] */
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    if (first[middle] <= chunk_begin) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  for (int64_t r = low; r < job->list->count && first[r] < chunk_end; r++) {
+    const int64_t from = chunk_begin > first[r] ? chunk_begin - first[r] : 0;
+    const int64_t to = min64(chunk_end, first[r + 1]) - first[r];
+    if (from < to) {
+      row_kernel(job, r, from * FM_CHUNK, min64(to * FM_CHUNK, job->list->rows[r].operand[0].numel));
+    }
+  }
+  stream_end(job->streaming);
+}
+
+/* ---- reductions: lanes of one chunk ---- */
+
+enum { TERM_SQUARE, TERM_POWER, TERM_LARGEST, TERM_TIES };
+
+typedef struct fm_lanes {
+  double mid[FM_LANES], big[FM_LANES], small[FM_LANES];
+} fm_lanes;
+
+static double larger(double a, double b) { return b > a || b != b ? b : a; /* NaN wins */ }
+
+static fm_sum fold_lanes(fm_lanes *lanes, int term) {
+  for (int half = FM_LANES / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; l++) {
+      lanes->mid[l] =
+          term == TERM_LARGEST ? larger(lanes->mid[l], lanes->mid[l + half]) : lanes->mid[l] + lanes->mid[l + half];
+      lanes->big[l] += lanes->big[l + half];
+      lanes->small[l] += lanes->small[l + half];
+    }
+  }
+  fm_sum sum = {lanes->mid[0], lanes->big[0], lanes->small[0]};
+  return sum;
+}
+
+/* ---- the same loops for float and double arithmetic ---- */
+
+#define FM_REAL float
+#define FM_NAME(name) name##_f32
+#define FM_NATIVE FM_F32
+#include "kernels_real.h"
+#undef FM_REAL
+#undef FM_NAME
+#undef FM_NATIVE
+
+#define FM_REAL double
+#define FM_NAME(name) name##_f64
+#define FM_NATIVE FM_F64
+#include "kernels_real.h"
+#undef FM_REAL
+#undef FM_NAME
+#undef FM_NATIVE
+
+/* ---- the kernels: a loop over rows ---- */
+
+#define FM_KERNEL(name)                                                                \
+  static void name##_row(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    if (job->list->rows[row].wide) {                                                   \
+      name##_f64(job, row, begin, end);                                                \
+    } else {                                                                           \
+      name##_f32(job, row, begin, end);                                                \
+    }                                                                                  \
+  }                                                                                    \
+  static void name(const fm_job *job, int64_t chunk_begin, int64_t chunk_end) {        \
+    for_rows(job, chunk_begin, chunk_end, name##_row);                                 \
+  }
+
+FM_KERNEL(square_sum)
+FM_KERNEL(power_sum)
+FM_KERNEL(largest)
+FM_KERNEL(ties)
+FM_KERNEL(ascend)
+FM_KERNEL(restore_sgd)
+FM_KERNEL(restore_adam)
+
+/* Bytes move alike whatever their type. */
+static void restore_row(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
+  const fm_row *row = &job->list->rows[r];
+  const fm_view *old = &row->operand[FM_STEP_OLD];
+  const char *bytes = old->data + begin * (int64_t)fm_dtype_size(old->dtype);
+  put_raw(&row->operand[FM_STEP_PARAM], begin, end - begin, bytes, job->streaming);
+}
+
+static void restore(const fm_job *job, int64_t chunk_begin, int64_t chunk_end) {
+  for_rows(job, chunk_begin, chunk_end, restore_row);
+}
+
+const fm_kernels FM_KERNELS_NAME = {FM_ISA_NUMBER,
+#define FM_ENTRY(name) name,
+                                    FM_KERNELS(FM_ENTRY)
+#undef FM_ENTRY
+};

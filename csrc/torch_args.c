@@ -1,0 +1,439 @@
+#include "torch_args.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+/* ---- memory and errors ---- */
+
+typedef struct fm_memory {
+  struct fm_memory *next;
+  max_align_t data[];
+} fm_memory;
+
+void *fm_args_alloc(fm_args *args, size_t bytes) {
+  fm_memory *block = malloc(sizeof *block + bytes);
+  if (block == NULL) {
+    fm_fail(args, "out of memory: %zu bytes of working space asked for", bytes);
+    return NULL;
+  }
+  block->next = args->memory;
+  args->memory = block;
+  return block->data;
+}
+
+bool fm_fail(fm_args *args, const char *format, ...) {
+  if (args->error[0] == '\0') {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(args->error, sizeof args->error, format, values);
+    va_end(values);
+  }
+  return false;
+}
+
+/* ---- from the stack ---- */
+
+/* A shim call on a live tensor does not fail; if one does, torch and this library disagree. */
+static bool describe(fm_args *args, fm_tensor *t) {
+  void *data = NULL;
+  int64_t *size = NULL, *stride = NULL;
+  AOTITorchError failed = aoti_torch_get_layout(t->handle, &t->layout);
+  failed |= aoti_torch_get_dtype(t->handle, &t->dtype);
+  failed |= aoti_torch_get_device_type(t->handle, &t->device_type);
+  if (!failed && t->layout == aoti_torch_layout_strided()) { /* a sparse tensor has no strides and no data */
+    failed |= aoti_torch_get_numel(t->handle, &t->numel);
+    failed |= aoti_torch_get_dim(t->handle, &t->dims);
+    failed |= aoti_torch_get_sizes(t->handle, &size);
+    failed |= aoti_torch_get_strides(t->handle, &stride);
+    failed |= torch_get_mutable_data_ptr(t->handle, &data);
+  }
+  t->data = data;
+  t->size = size;
+  t->stride = stride;
+  return !failed || fm_fail(args, "flatmin: torch's C interface refused a tensor; this torch is not supported");
+}
+
+static void open_list(fm_args *args, fm_arg *arg, StableIValue value) {
+  size_t size = 0;
+  arg->is_list = true;
+  arg->list = (fm_slot){.value = value}.list;
+  if (torch_list_size(arg->list, &size)) {
+    fm_fail(args, "%s: torch's C interface refused the list", arg->name);
+    return;
+  }
+  arg->tensors = fm_args_alloc(args, (size + 1) * sizeof *arg->tensors);
+  for (size_t i = 0; arg->tensors != NULL && i < size; i++) {
+    StableIValue element = 0;
+    if (torch_list_get_item(arg->list, i, &element)) {
+      fm_fail(args, "%s[%zu]: torch's C interface refused the element", arg->name, i);
+      return;
+    }
+    fm_tensor *t = &arg->tensors[arg->count++];
+    memset(t, 0, sizeof *t);
+    t->handle = (fm_slot){.value = element}.tensor;
+    describe(args, t);
+  }
+}
+
+static void open_tensor(fm_args *args, fm_arg *arg, StableIValue value) {
+  AtenTensorHandle handle = (fm_slot){.value = value}.tensor;
+  arg->tensors = fm_args_alloc(args, sizeof *arg->tensors);
+  if (arg->tensors == NULL) {
+    aoti_torch_delete_tensor_object(handle);
+    return;
+  }
+  memset(arg->tensors, 0, sizeof *arg->tensors);
+  arg->tensors[0].handle = handle;
+  arg->count = 1;
+  describe(args, &arg->tensors[0]);
+}
+
+/* Reads "name(type name, type name, ...)". */
+void fm_args_open(fm_args *args, const char *schema, const StableIValue *stack) {
+  memset(args, 0, sizeof *args);
+  const char *at = strchr(schema, '(') + 1;
+  while (*at != ')') {
+    fm_arg *arg = &args->arg[args->count];
+    const char *name = at + strcspn(at, " ") + 1;
+    const size_t length = strcspn(name, ",)");
+    memcpy(arg->name, name, length);
+    const StableIValue value = stack[args->count++];
+    if (memchr(at, '[', (size_t)(name - at)) != NULL) {
+      open_list(args, arg, value);
+    } else if (*at == 'T') {
+      open_tensor(args, arg, value);
+    } else if (*at == 'f') {
+      arg->number = (fm_slot){.value = value}.number;
+    } else if (*at == 'b') {
+      arg->integer = (value & 0xff) != 0; /* a bool fills one byte of its slot */
+    } else {
+      arg->integer = (fm_slot){.value = value}.integer;
+    }
+    at = name + length;
+    at += strspn(at, ", ");
+  }
+}
+
+void fm_args_close(fm_args *args) {
+  for (int a = 0; a < args->count; a++) {
+    for (int64_t i = 0; i < args->arg[a].count; i++) {
+      aoti_torch_delete_tensor_object(args->arg[a].tensors[i].handle);
+    }
+    if (args->arg[a].list != NULL) {
+      torch_delete_list(args->arg[a].list);
+    }
+  }
+  while (args->memory != NULL) {
+    fm_memory *block = args->memory;
+    args->memory = block->next;
+    free(block);
+  }
+}
+
+/* ---- checks of one tensor ---- */
+
+/* "grads[3]" for an element of a list, "norm" for a tensor. */
+static const char *label(const fm_arg *arg, int64_t i, char text[FM_NAME_LENGTH + 24]) {
+  if (arg->is_list) {
+    snprintf(text, FM_NAME_LENGTH + 24, "%s[%" PRId64 "]", arg->name, i);
+  } else {
+    snprintf(text, FM_NAME_LENGTH + 24, "%s", arg->name);
+  }
+  return text;
+}
+
+static bool float_dtype(int32_t torch_dtype, fm_dtype *dtype) {
+  const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
+                           aoti_torch_dtype_float16()};
+  for (int k = 0; k < 4; k++) {
+    if (codes[k] == torch_dtype) {
+      *dtype = (fm_dtype)k;
+      return true;
+    }
+  }
+  return false;
+}
+
+static bool check_place(fm_args *args, const fm_arg *arg, int64_t i) {
+  char text[FM_NAME_LENGTH + 24];
+  const fm_tensor *t = &arg->tensors[i];
+  if (t->layout != aoti_torch_layout_strided()) {
+    return fm_fail(args, "%s is sparse; give a dense tensor (t.to_dense())", label(arg, i, text));
+  }
+  if (t->device_type != aoti_torch_device_type_cpu()) {
+    return fm_fail(args, "%s is not on the CPU as the others are; call once for each device", label(arg, i, text));
+  }
+  return true;
+}
+
+static bool take_view(fm_args *args, const fm_arg *arg, int64_t i, fm_view *view) {
+  char text[FM_NAME_LENGTH + 24];
+  const fm_tensor *t = &arg->tensors[i];
+  if (!check_place(args, arg, i)) {
+    return false;
+  }
+  if (!float_dtype(t->dtype, &view->dtype)) {
+    return fm_fail(args, "%s is neither float32, float64, bfloat16 nor float16; convert it (complex: view_as_real)",
+                   label(arg, i, text));
+  }
+  view->data = t->data;
+  view->numel = t->numel;
+  return true;
+}
+
+/* ---- order of elements ---- */
+
+/* The dimensions that matter, outermost first by the stride of the tensor that sets the order. */
+typedef struct fm_order {
+  int count;
+  int dim[FM_MAX_DIMS];
+} fm_order;
+
+static bool order_of(fm_args *args, const fm_arg *arg, int64_t i, fm_order *order) {
+  char text[FM_NAME_LENGTH + 24];
+  const fm_tensor *t = &arg->tensors[i];
+  order->count = 0;
+  for (int64_t d = 0; d < t->dims; d++) {
+    if (t->size[d] == 1) {
+      continue;
+    }
+    if (order->count == FM_MAX_DIMS) {
+      return fm_fail(args, "%s has more than %d dimensions; reshape it", label(arg, i, text), FM_MAX_DIMS);
+    }
+    int k = order->count++;
+    for (; k > 0 && t->stride[order->dim[k - 1]] < t->stride[d]; k--) {
+      order->dim[k] = order->dim[k - 1];
+    }
+    order->dim[k] = (int)d;
+  }
+  return true;
+}
+
+/* Fails if two indices meet in one address: each stride must step over all that the smaller ones reach. */
+static bool check_no_overlap(fm_args *args, const fm_arg *arg, int64_t i) {
+  char text[FM_NAME_LENGTH + 24];
+  const fm_tensor *t = &arg->tensors[i];
+  fm_order order;
+  if (!order_of(args, arg, i, &order)) {
+    return false;
+  }
+  int64_t reach = 0;
+  for (int k = order.count - 1; k >= 0 && t->numel > 0; k--) {
+    const int d = order.dim[k];
+    if (t->stride[d] <= reach) {
+      return fm_fail(args, "%s overlaps itself in memory (expanded?); give it memory of its own (t.clone())",
+                     label(arg, i, text));
+    }
+    reach += (t->size[d] - 1) * t->stride[d];
+  }
+  return true;
+}
+
+/* Sets view->layout: NULL if the elements, in the given order, lie one after another. */
+static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm_view *view) {
+  fm_layout layout = {0};
+  for (int k = 0; k < order->count; k++) {
+    const int64_t size = t->size[order->dim[k]], stride = t->stride[order->dim[k]];
+    const int last = layout.dims - 1;
+    if (last >= 0 && layout.stride[last] == size * stride) { /* walks on where the outer dimension steps */
+      layout.size[last] *= size;
+      layout.stride[last] = stride;
+    } else {
+      layout.size[layout.dims] = size;
+      layout.stride[layout.dims++] = stride;
+    }
+  }
+  if (layout.dims == 0 || (layout.dims == 1 && layout.stride[0] == 1) || t->numel == 0) {
+    view->layout = NULL;
+    return true;
+  }
+  fm_layout *kept = fm_args_alloc(args, sizeof *kept);
+  if (kept == NULL) {
+    return false;
+  }
+  *kept = layout;
+  view->layout = kept;
+  return true;
+}
+
+/* ---- lists to rows ---- */
+
+bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, bool reduction, fm_list *list) {
+  const fm_arg *arg = &args->arg[a];
+  const size_t count = (size_t)arg->count;
+  list->count = arg->count;
+  list->rows = fm_args_alloc(args, count * sizeof *list->rows);
+  list->first_chunk = fm_args_alloc(args, (count + 1) * sizeof *list->first_chunk);
+  if (list->rows == NULL || list->first_chunk == NULL) {
+    return false;
+  }
+  memset(list->rows, 0, count * sizeof *list->rows);
+  for (int64_t i = 0; i < arg->count; i++) {
+    fm_view *view = &list->rows[i].operand[operand];
+    fm_order order;
+    if (!take_view(args, arg, i, view) || (use == FM_WRITE && !check_no_overlap(args, arg, i)) ||
+        !order_of(args, arg, i, &order) || !lay_out(args, &arg->tensors[i], &order, view)) {
+      return false;
+    }
+    list->rows[i].wide = view->dtype == FM_F64;
+  }
+  const int64_t chunks = fm_list_plan(list);
+  if (reduction) {
+    list->partials = fm_args_alloc(args, (size_t)chunks * 3 * sizeof(double));
+  }
+  return !reduction || list->partials != NULL;
+}
+
+static bool same_sizes(const fm_tensor *a, const fm_tensor *b) {
+  return a->dims == b->dims && memcmp(a->size, b->size, (size_t)a->dims * sizeof *a->size) == 0;
+}
+
+bool fm_take_operand(fm_args *args, int first, int a, int operand, fm_use use, fm_list *list) {
+  const fm_arg *lead = &args->arg[first], *arg = &args->arg[a];
+  char text[FM_NAME_LENGTH + 24];
+  if (arg->count != lead->count) {
+    return fm_fail(args, "%s has %" PRId64 " tensors and %s has %" PRId64 "; give one for each", arg->name, arg->count,
+                   lead->name, lead->count);
+  }
+  for (int64_t i = 0; i < arg->count; i++) {
+    fm_view *view = &list->rows[i].operand[operand];
+    if (!take_view(args, arg, i, view)) {
+      return false;
+    }
+    if (!same_sizes(&lead->tensors[i], &arg->tensors[i])) {
+      return fm_fail(args, "%s has other sizes than %s[%" PRId64 "]; give tensors of the same sizes",
+                     label(arg, i, text), lead->name, i);
+    }
+    fm_dtype own = FM_F32;
+    float_dtype(lead->tensors[i].dtype, &own);
+    const bool reads_any = list->partials != NULL; /* a norm multiplies in double, whatever the types */
+    if (view->dtype != own && view->dtype != FM_F32 && !reads_any) {
+      return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", label(arg, i, text),
+                     lead->name, i);
+    }
+    fm_order order;
+    if ((use == FM_WRITE && !check_no_overlap(args, arg, i)) || !order_of(args, lead, i, &order) ||
+        !lay_out(args, &arg->tensors[i], &order, view)) {
+      return false;
+    }
+    list->rows[i].wide |= view->dtype == FM_F64;
+  }
+  return true;
+}
+
+bool fm_take_backup(fm_args *args, int a, int operand, fm_list *list) {
+  const fm_arg *arg = &args->arg[a];
+  const fm_tensor *t = &arg->tensors[0];
+  if (!check_place(args, arg, 0)) {
+    return false;
+  }
+  int64_t needed = 0;
+  for (int64_t i = 0; i < list->count; i++) {
+    const fm_view *param = &list->rows[i].operand[0];
+    fm_view *slot = &list->rows[i].operand[operand];
+    *slot = (fm_view){t->data + needed, NULL, param->numel, param->dtype};
+    const int64_t bytes = param->numel * (int64_t)fm_dtype_size(param->dtype);
+    needed += (bytes + FM_ALIGNMENT - 1) / FM_ALIGNMENT * FM_ALIGNMENT;
+  }
+  if (t->dtype != aoti_torch_dtype_uint8() || t->dims != 1 || t->numel != needed || (needed > 1 && t->stride[0] != 1)) {
+    return fm_fail(args,
+                   "%s must be a contiguous uint8 tensor of %" PRId64 " elements for these %" PRId64
+                   " parameters; allocate it with flatmin.ops.backup_like(params)",
+                   arg->name, needed, list->count);
+  }
+  return true;
+}
+
+/* ---- memory shared between written tensors ---- */
+
+typedef struct fm_extent {
+  const char *begin, *end; /* first byte, one past the last */
+  bool dense;
+  int operand;
+  int64_t row;
+} fm_extent;
+
+static int by_begin(const void *a, const void *b) {
+  const char *x = ((const fm_extent *)a)->begin, *y = ((const fm_extent *)b)->begin;
+  return (x > y) - (x < y);
+}
+
+static fm_extent extent_of(const fm_view *v, int operand, int64_t row) {
+  int64_t last = v->numel - 1;
+  if (v->layout != NULL) {
+    last = 0;
+    for (int d = 0; d < v->layout->dims; d++) {
+      last += (v->layout->size[d] - 1) * v->layout->stride[d];
+    }
+  }
+  const char *end = v->data + (last + 1) * (int64_t)fm_dtype_size(v->dtype);
+  return (fm_extent){v->data, end, v->layout == NULL, operand, row};
+}
+
+/* Views that interleave (x[::2] and x[1::2]) share an extent and no element, so a strided tensor is only held against
+ * its exact twin. */
+bool fm_check_disjoint(fm_args *args, const int *operands, const int *names, int count, const fm_list *list) {
+  fm_extent *extents = fm_args_alloc(args, (size_t)(list->count * count) * sizeof *extents);
+  if (extents == NULL) {
+    return false;
+  }
+  int64_t n = 0;
+  bool sorted = true;
+  for (int k = 0; k < count; k++) {
+    for (int64_t r = 0; r < list->count; r++) {
+      const fm_view *v = &list->rows[r].operand[operands[k]];
+      if (v->numel == 0 || v->data == NULL) {
+        continue;
+      }
+      extents[n] = extent_of(v, k, r);
+      sorted = sorted && (n == 0 || extents[n - 1].begin <= extents[n].begin);
+      n++;
+    }
+  }
+  if (!sorted) {
+    qsort(extents, (size_t)n, sizeof *extents, by_begin);
+  }
+  for (int64_t i = 1; i < n; i++) {
+    const fm_extent *a = &extents[i - 1], *b = &extents[i];
+    if (a->begin == b->begin || (a->dense && b->dense && b->begin < a->end)) {
+      return fm_fail(args,
+                     "%s[%" PRId64 "] and %s[%" PRId64 "] share memory; give each tensor once, with memory of its own",
+                     args->arg[names[a->operand]].name, a->row, args->arg[names[b->operand]].name, b->row);
+    }
+  }
+  return true;
+}
+
+/* ---- single tensors ---- */
+
+bool fm_take_scalar(fm_args *args, int a, double *value) {
+  const fm_arg *arg = &args->arg[a];
+  const fm_tensor *t = &arg->tensors[0];
+  if (!check_place(args, arg, 0)) {
+    return false;
+  }
+  if (t->dtype != aoti_torch_dtype_float64() || t->numel != 1) {
+    return fm_fail(args, "%s must be a float64 tensor of one element", arg->name);
+  }
+  memcpy(value, t->data, sizeof *value);
+  return true;
+}
+
+bool fm_take_key(fm_args *args, int a, uint64_t key[2], bool *given) {
+  const fm_arg *arg = &args->arg[a];
+  const fm_tensor *t = &arg->tensors[0];
+  if (!check_place(args, arg, 0)) {
+    return false;
+  }
+  if (t->dtype != aoti_torch_dtype_uint64() || (t->numel != 0 && t->numel != 2) || t->dims != 1 ||
+      (t->numel == 2 && t->stride[0] != 1)) {
+    return fm_fail(args, "%s must be a contiguous uint64 tensor (seed, step), or empty to round to nearest", arg->name);
+  }
+  *given = t->numel == 2;
+  if (*given) {
+    memcpy(key, t->data, 2 * sizeof *key);
+  }
+  return true;
+}

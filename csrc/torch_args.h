@@ -1,0 +1,81 @@
+/* Unboxing: what torch puts on the stack becomes plain views, or an error message that names the argument.
+ *
+ * The schema string is the only description of an operator's arguments: names and kinds are read from it. A boxed
+ * kernel owns every handle that it is given, so all of them, and all memory taken on the way, belong to one fm_args and
+ * are freed by fm_args_close, on success and on error alike. Nothing else in the library frees. */
+#ifndef FM_TORCH_ARGS_H
+#define FM_TORCH_ARGS_H
+
+#include "fm_ops.h"
+#include "torch_abi.h"
+
+enum { FM_MAX_ARGS = 16, FM_NAME_LENGTH = 32, FM_ERROR_LENGTH = 384 };
+
+/* A slot of torch's stack, by what the schema says is in it. */
+typedef union fm_slot {
+  StableIValue value;
+  AtenTensorHandle tensor;
+  StableListHandle list;
+  double number;
+  int64_t integer;
+} fm_slot;
+
+/* A tensor as torch describes it; sizes and strides are borrowed. */
+typedef struct fm_tensor {
+  AtenTensorHandle handle;
+  char *data;
+  const int64_t *size, *stride;
+  int64_t dims, numel;
+  int32_t dtype, device_type, layout;
+} fm_tensor;
+
+/* One argument. A single tensor is a list of one. */
+typedef struct fm_arg {
+  char name[FM_NAME_LENGTH];
+  bool is_list;
+  StableListHandle list;
+  fm_tensor *tensors;
+  int64_t count;
+  double number;   /* float */
+  int64_t integer; /* int, bool */
+} fm_arg;
+
+typedef struct fm_args {
+  int count;
+  fm_arg arg[FM_MAX_ARGS];
+  struct fm_memory *memory;
+  char error[FM_ERROR_LENGTH]; /* empty: none so far */
+} fm_args;
+
+void fm_args_open(fm_args *args, const char *schema, const StableIValue *stack);
+void fm_args_close(fm_args *args);
+
+/* Memory that lives until fm_args_close; NULL (and an error) if there is none. */
+void *fm_args_alloc(fm_args *args, size_t bytes);
+
+/* Keeps the first message. Returns false, so that a check can `return fm_fail(...)`. */
+bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* How the operator uses a list beside its parameters. */
+typedef enum fm_use { FM_READ, FM_WRITE } fm_use;
+
+/* Makes the rows of `list` from the tensors of argument `arg`, which sets the order of elements: ascending in memory.
+ * With `reduction` each chunk gets room for a partial result. */
+bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, bool reduction, fm_list *list);
+
+/* Adds the tensors of `arg` to the rows made from `first`: as many, of the same sizes, of the same type or float32. */
+bool fm_take_operand(fm_args *args, int first, int arg, int operand, fm_use use, fm_list *list);
+
+/* Adds the slices of a backup (one uint8 tensor) to the rows. */
+bool fm_take_backup(fm_args *args, int arg, int operand, fm_list *list);
+
+/* Fails if two of the tensors written through `operands` share memory. */
+bool fm_check_disjoint(fm_args *args, const int *operands, const int *names, int count, const fm_list *list);
+
+/* The value of a float64 tensor of one element. */
+bool fm_take_scalar(fm_args *args, int arg, double *value);
+
+/* The two words of a uint64 key; `given` is false for an empty one. */
+bool fm_take_key(fm_args *args, int arg, uint64_t key[2], bool *given);
+
+#endif
