@@ -1,0 +1,60 @@
+"""Loads the operator library into torch and gives every operator its shape function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch  # before the library: it resolves against the torch that is loaded
+from torch import Tensor
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+_ISA = {"base": 1, "v3": 3, "v4": 4}
+
+
+def _load() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"flatmin: {_LIBRARY} is missing; the package was not built. Run `pip install .` in the source folder and "
+            "import it from elsewhere"
+        )
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        raise ImportError(
+            f"flatmin: {_LIBRARY} does not load into torch {torch.__version__}; torch 2.10 or later is needed"
+        ) from error
+    if not hasattr(torch.ops.flatmin, "isa"):
+        raise ImportError(f"flatmin: torch {torch.__version__} refused the operators; is another copy loaded already?")
+    wanted = os.environ.get("FM_ISA")
+    if wanted and _ISA.get(wanted) != torch.ops.flatmin.isa():
+        raise ImportError(f"FM_ISA: {wanted!r} given, but it is none of {sorted(_ISA)} or not what this processor runs")
+
+
+_load()
+
+#: Device types with kernels; everything else runs in flatmin.reference.
+DEVICES: frozenset[str] = frozenset({"cpu"})
+
+
+def _check_one_device(*lists: Sequence[Tensor]) -> None:
+    """A list with meta tensors in it lands here whatever the rest is: refuse a mixture, as the kernels do."""
+    devices = {t.device.type for tensors in lists for t in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"tensors on different devices ({', '.join(sorted(devices))}); call once for each device")
+
+
+def _fake_reduction(tensors: Sequence[Tensor], weights: Sequence[Tensor], *_: object) -> Tensor:
+    _check_one_device(tensors, weights)
+    return tensors[0].new_empty((), dtype=torch.float64)
+
+
+def _fake_update(params: Sequence[Tensor], *others: object) -> None:
+    _check_one_device(params, *(other for other in others if isinstance(other, list)))
+
+
+for _name in ("norm", "ties"):
+    torch.library.register_fake(f"flatmin::{_name}", _fake_reduction)
+for _name in ("sam_ascend_", "restore_", "restore_sgd_", "restore_adam_"):
+    torch.library.register_fake(f"flatmin::{_name}", _fake_update)
