@@ -1,4 +1,4 @@
-"""Builds the operator library with CMake into one wheel for every Python: it uses neither CPython's API nor torch's C++."""
+"""Builds the operator library with CMake, and one wheel for every Python: no CPython API is used, nor torch's C++."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ int64_t fm_list_plan(fm_list *list) {
  * memory. It pays once the four arrays of a step (weights, gradients, backup, momentum) exceed the last-level cache. A
  * virtual machine is told the whole socket's cache while its neighbours use it too: on such a one with 480 MiB on
  * paper, 67 MB of arrays ran 1.2 times slower with streaming stores and 268 MB ran 1.25 times faster; hence the cap. */
-static bool exceeds_cache(const fm_list *list) {
+static bool exceeds_cache(int64_t bytes) {
   static int64_t limit = 0;
   if (limit == 0) {
     const int64_t cap = 128LL << 20, assumed = 32LL << 20;
@@ -26,10 +26,6 @@ static bool exceeds_cache(const fm_list *list) {
     cache = sysconf(_SC_LEVEL3_CACHE_SIZE) > 0 ? sysconf(_SC_LEVEL3_CACHE_SIZE) : assumed;
 #endif
     limit = cache < cap ? cache : cap;
-  }
-  int64_t bytes = 0;
-  for (int64_t r = 0; r < list->count; r++) {
-    bytes += list->rows[r].operand[0].numel * (int64_t)fm_dtype_size(list->rows[r].operand[0].dtype);
   }
   return 4 * bytes > limit;
 }
@@ -45,8 +41,19 @@ static void run_range(int64_t begin, int64_t end, void *context) {
 }
 
 static void run(fm_kernel *kernel, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  fm_run r = {{list, options, exceeds_cache(list)}, kernel};
-  parallel_for(0, list->first_chunk[list->count], FM_GRAIN, run_range, &r);
+  int64_t elements = 0, bytes = 0;
+  for (int64_t r = 0; r < list->count; r++) {
+    const fm_view *first = &list->rows[r].operand[0];
+    elements += first->numel;
+    bytes += first->numel * (int64_t)fm_dtype_size(first->dtype);
+  }
+  const int64_t chunks = list->first_chunk[list->count];
+  fm_run r = {{list, options, exceeds_cache(bytes)}, kernel};
+  if (elements <= FM_GRAIN * FM_CHUNK) { /* hundreds of biases are many chunks and little work: no thread is woken */
+    run_range(0, chunks, &r);
+  } else {
+    parallel_for(0, chunks, FM_GRAIN, run_range, &r);
+  }
 }
 
 /* ---- reductions ---- */

@@ -72,7 +72,7 @@ static bool op_ties(fm_args *args, double *value) {
 static bool op_sam_ascend_(fm_args *args, double *value) {
   enum { PARAMS, GRADS, BACKUP, NORM, RHO, KEY, Q, SCALING, ETA, EPS };
   (void)value;
-  const int written[] = {FM_ASCEND_PARAM, FM_ASCEND_OLD}, names[] = {PARAMS, BACKUP};
+  const fm_written written[] = {{PARAMS, FM_ASCEND_PARAM}, {BACKUP, FM_ASCEND_OLD}};
   fm_options o = {0};
   fm_list list = {0};
   uint64_t key[2] = {0, 0};
@@ -81,7 +81,7 @@ static bool op_sam_ascend_(fm_args *args, double *value) {
       !fm_take_key(args, KEY, key, &o.random) || !fm_take_rows(args, PARAMS, FM_ASCEND_PARAM, FM_WRITE, false, &list) ||
       !take_scaling(args, PARAMS, SCALING, false, &list) ||
       !fm_take_operand(args, PARAMS, GRADS, FM_ASCEND_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_ASCEND_OLD, &list) || !fm_check_disjoint(args, written, names, 2, &list)) {
+      !fm_take_backup(args, BACKUP, FM_ASCEND_OLD, &list) || !fm_check_disjoint(args, written, 2, &list)) {
     return false;
   }
   if (o.rho < 0.0) {
@@ -96,11 +96,11 @@ static bool op_sam_ascend_(fm_args *args, double *value) {
 static bool op_restore_(fm_args *args, double *value) {
   enum { PARAMS, BACKUP };
   (void)value;
-  const int written[] = {FM_STEP_PARAM, FM_STEP_OLD}, names[] = {PARAMS, BACKUP};
+  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}};
   fm_options o = {0};
   fm_list list = {0};
   if (!fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, false, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) || !fm_check_disjoint(args, written, names, 2, &list)) {
+      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) || !fm_check_disjoint(args, written, 2, &list)) {
     return false;
   }
   fm_restore(&list, &o, torch_threads);
@@ -110,7 +110,7 @@ static bool op_restore_(fm_args *args, double *value) {
 static bool op_restore_sgd_(fm_args *args, double *value) {
   enum { PARAMS, GRADS, BUFFERS, BACKUP, LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, FIRST_STEP };
   (void)value;
-  const int written[] = {FM_STEP_PARAM, FM_STEP_OLD, FM_SGD_BUFFER}, names[] = {PARAMS, BACKUP, BUFFERS};
+  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}, {BUFFERS, FM_SGD_BUFFER}};
   fm_options o = {.momentum = args->arg[MOMENTUM].number,
                   .dampening = args->arg[DAMPENING].number,
                   .weight_decay = args->arg[WEIGHT_DECAY].number,
@@ -125,7 +125,7 @@ static bool op_restore_sgd_(fm_args *args, double *value) {
       !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
       !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
       (o.momentum != 0.0 && !fm_take_operand(args, PARAMS, BUFFERS, FM_SGD_BUFFER, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, names, 3, &list)) {
+      !fm_check_disjoint(args, written, 3, &list)) {
     return false;
   }
   fm_restore_sgd(&list, &o, torch_threads);
@@ -196,8 +196,11 @@ static bool op_restore_adam_(fm_args *args, double *value) {
   };
   enum { MAXIMIZE = AMSGRAD + 1 };
   (void)value;
-  const int written[] = {FM_STEP_PARAM, FM_STEP_OLD, FM_ADAM_MEAN, FM_ADAM_SQUARE, FM_ADAM_LARGEST};
-  const int names[] = {PARAMS, BACKUP, MEANS, SQUARES, LARGEST};
+  const fm_written written[] = {{PARAMS, FM_STEP_PARAM},
+                                {BACKUP, FM_STEP_OLD},
+                                {MEANS, FM_ADAM_MEAN},
+                                {SQUARES, FM_ADAM_SQUARE},
+                                {LARGEST, FM_ADAM_LARGEST}};
   fm_options o = {.beta1 = args->arg[BETA1].number,
                   .beta2 = args->arg[BETA2].number,
                   .adam_eps = args->arg[EPS].number,
@@ -206,13 +209,16 @@ static bool op_restore_adam_(fm_args *args, double *value) {
                   .amsgrad = args->arg[AMSGRAD].integer,
                   .maximize = args->arg[MAXIMIZE].integer};
   fm_list list = {0};
+  if (!o.amsgrad && args->arg[LARGEST].count != 0) {
+    return fm_fail(args, "max_exp_avg_sqs are given but amsgrad is False; give an empty list");
+  }
   if (!fm_take_scalar(args, LR, &o.lr) || !fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, false, &list) ||
       !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
       !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
       !fm_take_operand(args, PARAMS, MEANS, FM_ADAM_MEAN, FM_WRITE, &list) ||
       !fm_take_operand(args, PARAMS, SQUARES, FM_ADAM_SQUARE, FM_WRITE, &list) ||
       (o.amsgrad && !fm_take_operand(args, PARAMS, LARGEST, FM_ADAM_LARGEST, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, names, 5, &list) || !take_steps(args, STEPS, &o, &list)) {
+      !fm_check_disjoint(args, written, 5, &list) || !take_steps(args, STEPS, &o, &list)) {
     return false;
   }
   fm_restore_adam(&list, &o, torch_threads);

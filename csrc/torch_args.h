@@ -69,8 +69,13 @@ bool fm_take_operand(fm_args *args, int first, int arg, int operand, fm_use use,
 /* Adds the slices of a backup (one uint8 tensor) to the rows. */
 bool fm_take_backup(fm_args *args, int arg, int operand, fm_list *list);
 
-/* Fails if two of the tensors written through `operands` share memory. */
-bool fm_check_disjoint(fm_args *args, const int *operands, const int *names, int count, const fm_list *list);
+/* An argument that the operator writes, and the operand that a list's tensors became. A single tensor is the backup. */
+typedef struct fm_written {
+  int arg, operand;
+} fm_written;
+
+/* Fails if two of the written tensors share memory. */
+bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, const fm_list *list);
 
 /* The value of a float64 tensor of one element. */
 bool fm_take_scalar(fm_args *args, int arg, double *value);

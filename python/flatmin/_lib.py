@@ -20,7 +20,7 @@ def _load() -> None:
             "import it from elsewhere"
         )
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"flatmin: {_LIBRARY} does not load into torch {torch.__version__}; torch 2.10 or later is needed"

@@ -64,7 +64,7 @@ def dual_exponent(p: float) -> float:
 def _kernel(name: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """``torch.ops.flatmin.<name>`` or, for tensors without a kernel, the reference of the same signature."""
     device = tensors[0].device.type
-    if device in _lib.DEVICES and not any(t.is_complex() for t in tensors):
+    if device in _lib.DEVICES and not any(map(Tensor.is_complex, tensors)):
         return getattr(torch.ops.flatmin, name).default  # type: ignore[no-any-return]
     reason = "complex parameters" if device in _lib.DEVICES else f"{device} tensors"
     if reason not in _warned:

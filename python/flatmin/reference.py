@@ -34,15 +34,14 @@ def _real(t: Tensor) -> Tensor:
 
 def _memory_order(t: Tensor) -> Tensor:
     """``t`` with its dimensions permuted to descending strides: flattening it walks memory forward."""
-    return t.permute(sorted(range(t.dim()), key=lambda d: -t.stride(d)))
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
 def _slots(params: Sequence[Tensor], backup: Tensor) -> Iterator[Tensor]:
     """One view of ``backup`` per parameter, shaped like the parameter in memory order."""
-    if backup.numel() < backup_nbytes(params):
-        raise RuntimeError(
-            f"backup: {backup.numel()} bytes given, {backup_nbytes(params)} needed; allocate it with backup_like(params)"
-        )
+    needed = backup_nbytes(params)
+    if backup.numel() < needed:
+        raise RuntimeError(f"backup: {backup.numel()} bytes given, {needed} needed; allocate it with backup_like(params)")
     start = 0
     for p in params:
         stop = start + p.numel() * p.element_size()
