@@ -59,57 +59,44 @@ static void run(fm_kernel *kernel, const fm_list *list, const fm_options *option
 /* ---- reductions ---- */
 
 /* Neighbours are paired until one is left, an odd last one moving up unpaired: the tree depends on n alone, and the
- * error grows with log n. The three components of a partial fold side by side. */
-static fm_sum fold_partials(double *partials, int64_t n) {
+ * error grows with log n. */
+static fm_sum fold_partials(fm_sum *partials, int64_t n, int term) {
   for (; n > 1; n = (n + 1) / 2) {
     for (int64_t i = 0; i < n / 2; i++) {
-      for (int k = 0; k < 3; k++) {
-        partials[3 * i + k] = partials[6 * i + k] + partials[6 * i + 3 + k];
-      }
+      partials[i] = fm_fold(partials[2 * i], partials[2 * i + 1], term);
     }
     if (n % 2 == 1) {
-      for (int k = 0; k < 3; k++) {
-        partials[3 * (n / 2) + k] = partials[3 * (n - 1) + k];
-      }
+      partials[n / 2] = partials[n - 1];
     }
   }
-  fm_sum total = {n ? partials[0] : 0.0, n ? partials[1] : 0.0, n ? partials[2] : 0.0};
-  return total;
+  const fm_sum none = {0.0, 0.0, 0.0};
+  return n ? partials[0] : none;
 }
 
-static fm_sum reduce(fm_kernel *kernel, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(kernel, list, options, parallel_for);
-  return fold_partials(list->partials, list->first_chunk[list->count]);
-}
-
-/* The largest |T g|; NaN if any is NaN. A maximum needs no tree: it rounds nothing. */
-static double largest(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->largest, list, options, parallel_for);
-  double m = 0.0;
-  for (int64_t i = 0; i < list->first_chunk[list->count]; i++) {
-    double x = list->partials[3 * i];
-    m = x > m || x != x ? x : m;
-  }
-  return m;
+static fm_sum reduce(int term, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
+  fm_kernel *const kernels[] = {fm_active_kernels->square_sum, fm_active_kernels->power_sum, fm_active_kernels->largest,
+                                fm_active_kernels->ties}; /* in the order of FM_TERM_... */
+  run(kernels[term], list, options, parallel_for);
+  return fold_partials(list->partials, list->first_chunk[list->count], term);
 }
 
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
   if (options->q == 2.0) {
-    return fm_sum_root(reduce(fm_active_kernels->square_sum, list, options, parallel_for));
+    return fm_sum_root(reduce(FM_TERM_SQUARE, list, options, parallel_for));
   }
-  double m = largest(list, options, parallel_for);
-  if (isinf(options->q) || !(m > 0.0) || !isfinite(m)) {
+  const double m = reduce(FM_TERM_LARGEST, list, options, parallel_for).mid;
+  if (fm_norm_is_largest(m, options->q)) {
     return m;
   }
-  /* |x|^q would under- or overflow (p = 1.02 means q = 51), (|x| / m)^q does not: Foret et al.'s Eq. 2, max-scaled */
+  /* |x|^q would under- or overflow (p = 1.02 means q = 51), (|x| / m)^q does not */
   fm_options scaled = *options;
   scaled.norm = m;
-  double sum = reduce(fm_active_kernels->power_sum, list, &scaled, parallel_for).mid;
-  return m * (options->q == 1.0 ? sum : fm_pow(sum, 1.0 / options->q));
+  const fm_sum powers = reduce(FM_TERM_POWER, list, &scaled, parallel_for);
+  return fm_norm_from_powers(m, powers.mid, options->q);
 }
 
 double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  return reduce(fm_active_kernels->ties, list, options, parallel_for).mid;
+  return reduce(FM_TERM_TIES, list, options, parallel_for).mid;
 }
 
 /* ---- element-wise operators ---- */

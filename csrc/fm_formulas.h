@@ -12,6 +12,13 @@ FM_HD double FM_NAME(fm_scaled_gradient)(FM_REAL w, FM_REAL g, int scaling, doub
   return scaling == FM_SCALE_BIG_VISION ? (double)g : fm_scaling_wide(w, scaling, eta) * (double)g;
 }
 
+/* Whether an ascent moves anything. A zero or non-finite norm, radius or step does not: a skipped AMP step must not
+ * cost the weights. */
+FM_HD bool FM_NAME(fm_ascend_moves)(const fm_options *o) {
+  FM_REAL step = (FM_REAL)(o->rho / (o->norm + o->eps));
+  return isfinite(o->norm) && isfinite(step) && step != 0;
+}
+
 /* w + e for q = 2: e = step T^2 g with step = rho / (norm + eps) (Foret et al. 2020, arXiv 2010.01412, Eq. 2). */
 FM_HD FM_REAL FM_NAME(fm_ascend_2)(FM_REAL w, FM_REAL g, FM_REAL step, int scaling, FM_REAL eta) {
   FM_REAL t = FM_NAME(fm_scaling)(w, scaling, eta);
@@ -22,13 +29,12 @@ FM_HD FM_REAL FM_NAME(fm_ascend_2)(FM_REAL w, FM_REAL g, FM_REAL step, int scali
 /* w + e for any other q: e = rho T sign(g) (|T g| / denominator)^(q-1). q = 1 is the sign; for q = infinity the
  * elements that attain the norm share the radius (rho is already divided by their number). The power is taken in
  * double. */
-FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, double rho, double norm, double denominator, double q,
-                                   int scaling, double eta) {
-  double x = fabs(FM_NAME(fm_scaled_gradient)(w, g, scaling, eta));
-  double power = q == 1.0   ? (x > 0.0 ? 1.0 : 0.0)
-                 : isinf(q) ? (x == norm ? 1.0 : 0.0)
-                            : fm_pow(x / denominator, q - 1.0);
-  double e = rho * fm_scaling_wide(w, scaling, eta) * power;
+FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, int scaling, const fm_options *o) {
+  double x = fabs(FM_NAME(fm_scaled_gradient)(w, g, scaling, o->eta));
+  double power = isinf(o->q)   ? (x == o->norm ? 1.0 : 0.0)
+                 : o->q == 1.0 ? (x > 0.0 ? 1.0 : 0.0)
+                               : fm_pow(x / (o->norm + o->eps), o->q - 1.0);
+  double e = o->rho * fm_scaling_wide(w, scaling, o->eta) * power;
   return w + (FM_REAL)(g > 0 ? e : g < 0 ? -e : 0.0);
 }
 
@@ -37,6 +43,18 @@ typedef struct FM_NAME(fm_sgd) {
   FM_REAL minus_lr, momentum, one_minus_dampening, weight_decay;
   bool first_step, nesterov, maximize;
 } FM_NAME(fm_sgd);
+
+FM_HD FM_NAME(fm_sgd) FM_NAME(fm_sgd_of)(const fm_options *o) {
+  FM_NAME(fm_sgd) sgd;
+  sgd.minus_lr = (FM_REAL)-o->lr;
+  sgd.momentum = (FM_REAL)o->momentum;
+  sgd.one_minus_dampening = (FM_REAL)(1.0 - o->dampening);
+  sgd.weight_decay = (FM_REAL)o->weight_decay;
+  sgd.first_step = o->first_step;
+  sgd.nesterov = o->nesterov;
+  sgd.maximize = o->maximize;
+  return sgd;
+}
 
 FM_HD FM_REAL FM_NAME(fm_sgd_direction)(FM_REAL w, FM_REAL g, const FM_NAME(fm_sgd) * o) {
   FM_REAL d = o->maximize ? -g : g;
@@ -61,6 +79,22 @@ typedef struct FM_NAME(fm_adam) {
   FM_REAL minus_step_size, root_bias_correction2;
   bool decoupled, amsgrad, maximize;
 } FM_NAME(fm_adam);
+
+FM_HD FM_NAME(fm_adam) FM_NAME(fm_adam_of)(const fm_options *o, double bias_correction1, double root_bias_correction) {
+  FM_NAME(fm_adam) adam;
+  adam.one_minus_beta1 = (FM_REAL)(1.0 - o->beta1);
+  adam.beta2 = (FM_REAL)o->beta2;
+  adam.one_minus_beta2 = (FM_REAL)(1.0 - o->beta2);
+  adam.eps = (FM_REAL)o->adam_eps;
+  adam.weight_decay = (FM_REAL)o->weight_decay;
+  adam.shrink = (FM_REAL)(1.0 - o->lr * o->weight_decay);
+  adam.minus_step_size = (FM_REAL) - (o->lr / bias_correction1);
+  adam.root_bias_correction2 = (FM_REAL)root_bias_correction;
+  adam.decoupled = o->decoupled;
+  adam.amsgrad = o->amsgrad;
+  adam.maximize = o->maximize;
+  return adam;
+}
 
 FM_HD FM_REAL FM_NAME(fm_adam_gradient)(FM_REAL w, FM_REAL g, const FM_NAME(fm_adam) * o) {
   FM_REAL d = o->maximize ? -g : g;

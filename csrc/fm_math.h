@@ -225,6 +225,78 @@ FM_HD double fm_sum_root(fm_sum s) {
   return sqrt(s.mid);
 }
 
+/* ---- what the operators are asked to do ---- */
+
+typedef struct fm_options {
+  double q, eta, norm;
+  double rho, eps; /* ascend */
+  bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
+  uint64_t seed, step;
+  double lr, momentum, dampening, weight_decay; /* the base steps */
+  double beta1, beta2, adam_eps;
+  bool nesterov, maximize, first_step, decoupled, amsgrad;
+} fm_options;
+
+/* The numbers that change from step to step, where the kernels read them: on a GPU their values are unknown to the
+ * host. */
+typedef struct fm_scalars {
+  const double *norm, *rho, *lr;
+  const uint64_t *key; /* seed, step; NULL to round to nearest */
+} fm_scalars;
+
+FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
+  o->norm = s->norm ? *s->norm : o->norm;
+  o->rho = s->rho ? *s->rho : o->rho;
+  o->lr = s->lr ? *s->lr : o->lr;
+  o->random = s->key != NULL;
+  o->seed = s->key ? s->key[0] : 0;
+  o->step = s->key ? s->key[1] : 0;
+}
+
+/* ---- terms of the reductions ---- */
+
+enum { FM_TERM_SQUARE, FM_TERM_POWER, FM_TERM_LARGEST, FM_TERM_TIES };
+
+FM_HD double fm_larger(double a, double b) { return b > a || b != b ? b : a; /* NaN wins */ }
+
+/* What |T g| = x adds to the sums. `wide`: x comes from float64 and its square may leave the range. */
+FM_HD fm_sum fm_term(double x, int term, bool wide, const fm_options *o) {
+  fm_sum t;
+  t.big = t.small = 0.0;
+  if (term == FM_TERM_SQUARE && wide) {
+    const bool big = x > FM_BLUE_BIG, small = x < FM_BLUE_SMALL;
+    const double scaled = x * (big ? FM_BLUE_SCALE_BIG : small ? FM_BLUE_SCALE_SMALL : 1.0), square = scaled * scaled;
+    t.mid = big || small ? 0.0 : square;
+    t.big = big ? square : 0.0;
+    t.small = small ? square : 0.0;
+  } else if (term == FM_TERM_SQUARE) {
+    t.mid = x * x;
+  } else if (term == FM_TERM_POWER) {
+    t.mid = o->q == 1.0 ? x / o->norm : fm_pow(x / o->norm, o->q);
+  } else if (term == FM_TERM_TIES) {
+    t.mid = x == o->norm ? 1.0 : 0.0;
+  } else {
+    t.mid = x;
+  }
+  return t;
+}
+
+FM_HD fm_sum fm_fold(fm_sum a, fm_sum b, int term) {
+  fm_sum t;
+  t.mid = term == FM_TERM_LARGEST ? fm_larger(a.mid, b.mid) : a.mid + b.mid;
+  t.big = a.big + b.big;
+  t.small = a.small + b.small;
+  return t;
+}
+
+/* Whether `largest`, the norm for q = infinity, already is the norm for any q: nothing but zeros, or not finite. */
+FM_HD bool fm_norm_is_largest(double largest, double q) { return isinf(q) || !(largest > 0.0) || !isfinite(largest); }
+
+/* The norm from S = sum (|x| / largest)^q: Foret et al.'s Eq. 2, max-scaled. */
+FM_HD double fm_norm_from_powers(double largest, double sum, double q) {
+  return largest * (q == 1.0 ? sum : fm_pow(sum, 1.0 / q));
+}
+
 /* ---- the update rules, once for float and once for double ---- */
 
 /* T(w) in double, as the norm sees it. */

@@ -44,8 +44,8 @@ typedef struct fm_row {
   fm_view operand[FM_MAX_OPERANDS];
   bool wide;                   /* float64 arithmetic: some operand is float64 */
   int scaling;                 /* T(w) of this tensor: ASAM leaves biases and norm layers unscaled */
-  double step_size;            /* Adam: lr / bias correction 1 */
-  double root_bias_correction; /* Adam: square root of bias correction 2 */
+  double bias_correction1;     /* Adam: 1 - beta1^step */
+  double root_bias_correction; /* Adam: square root of 1 - beta2^step */
 } fm_row;
 
 enum { FM_REDUCE_GRAD, FM_REDUCE_WEIGHT };                  /* the weight only where T needs it */
@@ -53,16 +53,6 @@ enum { FM_ASCEND_PARAM, FM_ASCEND_GRAD, FM_ASCEND_OLD };    /* old: the backup *
 enum { FM_STEP_PARAM, FM_STEP_OLD, FM_STEP_GRAD };          /* restore and the fused steps */
 enum { FM_SGD_BUFFER = 3 };                                 /* absent (data NULL) without momentum */
 enum { FM_ADAM_MEAN = 3, FM_ADAM_SQUARE, FM_ADAM_LARGEST }; /* largest: amsgrad only, else data NULL */
-
-typedef struct fm_options {
-  double q, eta, norm;
-  double rho, eps; /* ascend */
-  bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
-  uint64_t seed, step;
-  double lr, momentum, dampening, weight_decay; /* the base steps */
-  double beta1, beta2, adam_eps;
-  bool nesterov, maximize, first_step, decoupled, amsgrad;
-} fm_options;
 
 /* parallel_for(begin, end, grain, fn, context) calls fn on disjoint ranges that cover [begin, end). */
 typedef void (*fm_range_fn)(int64_t begin, int64_t end, void *context);
@@ -72,7 +62,7 @@ typedef struct fm_list {
   fm_row *rows;
   int64_t count;
   int64_t *first_chunk; /* count + 1 entries: row r owns chunks [first_chunk[r], first_chunk[r + 1]) */
-  double *partials;     /* reductions: three doubles a chunk */
+  fm_sum *partials;     /* reductions: one a chunk */
 } fm_list;
 
 /* What one thread runs: a share of a list's chunks. */
@@ -99,7 +89,7 @@ extern const fm_kernels *fm_active_kernels;
 /* Number of chunks; fills list->first_chunk. */
 int64_t fm_list_plan(fm_list *list);
 
-/* The operators. Reductions need list->partials (three doubles a chunk) and return the value. */
+/* The operators. Reductions need list->partials. */
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
 double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
 void fm_sam_ascend(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);

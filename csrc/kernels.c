@@ -152,24 +152,22 @@ FM_INLINE void for_rows(const fm_job *job, int64_t chunk_begin, int64_t chunk_en
 
 /* ---- reductions: lanes of one chunk ---- */
 
-enum { TERM_SQUARE, TERM_POWER, TERM_LARGEST, TERM_TIES };
-
 typedef struct fm_lanes {
   double mid[FM_LANES], big[FM_LANES], small[FM_LANES];
 } fm_lanes;
 
-static double larger(double a, double b) { return b > a || b != b ? b : a; /* NaN wins */ }
-
 static fm_sum fold_lanes(fm_lanes *lanes, int term) {
   for (int half = FM_LANES / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; l++) {
-      lanes->mid[l] =
-          term == TERM_LARGEST ? larger(lanes->mid[l], lanes->mid[l + half]) : lanes->mid[l] + lanes->mid[l + half];
-      lanes->big[l] += lanes->big[l + half];
-      lanes->small[l] += lanes->small[l + half];
+      const fm_sum a = {lanes->mid[l], lanes->big[l], lanes->small[l]};
+      const fm_sum b = {lanes->mid[l + half], lanes->big[l + half], lanes->small[l + half]};
+      const fm_sum sum = fm_fold(a, b, term);
+      lanes->mid[l] = sum.mid;
+      lanes->big[l] = sum.big;
+      lanes->small[l] = sum.small;
     }
   }
-  fm_sum sum = {lanes->mid[0], lanes->big[0], lanes->small[0]};
+  const fm_sum sum = {lanes->mid[0], lanes->big[0], lanes->small[0]};
   return sum;
 }
 

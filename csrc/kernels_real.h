@@ -84,20 +84,12 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, const FM_REAL *g, const FM_RE
                                   const fm_options *o, int term) {
   for (int l = 0; l < count; l++) {
     double x = fabs(scaling == FM_SCALE_NONE ? (double)g[l] : FM_NAME(fm_scaled_gradient)(w[l], g[l], scaling, o->eta));
-    if (term == TERM_SQUARE && FM_NATIVE == FM_F64) {
-      const bool big = x > FM_BLUE_BIG, small = x < FM_BLUE_SMALL;
-      const double scaled = x * (big ? FM_BLUE_SCALE_BIG : small ? FM_BLUE_SCALE_SMALL : 1.0), square = scaled * scaled;
-      lanes->mid[l] += big || small ? 0.0 : square;
-      lanes->big[l] += big ? square : 0.0;
-      lanes->small[l] += small ? square : 0.0;
-    } else if (term == TERM_SQUARE) {
-      lanes->mid[l] += x * x;
-    } else if (term == TERM_POWER) {
-      lanes->mid[l] += o->q == 1.0 ? x / o->norm : fm_pow(x / o->norm, o->q);
-    } else if (term == TERM_TIES) {
-      lanes->mid[l] += x == o->norm ? 1.0 : 0.0;
-    } else {
-      lanes->mid[l] = larger(lanes->mid[l], x);
+    const bool wide = FM_NATIVE == FM_F64;
+    const fm_sum t = fm_term(x, term, wide, o);
+    lanes->mid[l] = term == FM_TERM_LARGEST ? fm_larger(lanes->mid[l], t.mid) : lanes->mid[l] + t.mid;
+    if (term == FM_TERM_SQUARE && wide) { /* the others have one sum */
+      lanes->big[l] += t.big;
+      lanes->small[l] += t.small;
     }
   }
 }
@@ -121,11 +113,7 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
       }
       FM_NAME(add_terms)(&lanes, g + i, w + i, (int)(n - i), scaling, job->options, term);
     }
-    const fm_sum sum = fold_lanes(&lanes, term);
-    double *partial = job->list->partials + 3 * (job->list->first_chunk[r] + chunk / FM_CHUNK);
-    partial[0] = sum.mid;
-    partial[1] = sum.big;
-    partial[2] = sum.small;
+    job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] = fold_lanes(&lanes, term);
   }
 }
 
@@ -138,10 +126,10 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     }                                                                                     \
   }
 
-FM_REDUCTION(square_sum, TERM_SQUARE)
-FM_REDUCTION(power_sum, TERM_POWER)
-FM_REDUCTION(largest, TERM_LARGEST)
-FM_REDUCTION(ties, TERM_TIES)
+FM_REDUCTION(square_sum, FM_TERM_SQUARE)
+FM_REDUCTION(power_sum, FM_TERM_POWER)
+FM_REDUCTION(largest, FM_TERM_LARGEST)
+FM_REDUCTION(ties, FM_TERM_TIES)
 #undef FM_REDUCTION
 
 /* ---- ascend ---- */
@@ -157,14 +145,13 @@ FM_INLINE void FM_NAME(ascend_2_block)(FM_REAL *out, const FM_REAL *w, const FM_
 
 static void FM_NAME(ascend_block)(FM_REAL *out, const FM_REAL *w, const FM_REAL *g, int64_t n, int scaling,
                                   const fm_options *o) {
-  const double denominator = o->norm + o->eps;
   if (o->q != 2.0) {
     for (int64_t i = 0; i < n; i++) {
-      out[i] = FM_NAME(fm_ascend_q)(w[i], g[i], o->rho, o->norm, denominator, o->q, scaling, o->eta);
+      out[i] = FM_NAME(fm_ascend_q)(w[i], g[i], scaling, o);
     }
     return;
   }
-  const FM_REAL step = (FM_REAL)(o->rho / denominator), eta = (FM_REAL)o->eta;
+  const FM_REAL step = (FM_REAL)(o->rho / (o->norm + o->eps)), eta = (FM_REAL)o->eta;
   switch (scaling) {
     case FM_SCALE_NONE: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_NONE, eta); break;
     case FM_SCALE_ASAM: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_ASAM, eta); break;
@@ -173,17 +160,11 @@ static void FM_NAME(ascend_block)(FM_REAL *out, const FM_REAL *w, const FM_REAL 
   }
 }
 
-/* A zero or non-finite norm, radius or step moves nothing: a skipped AMP step must not cost the weights. */
-static bool FM_NAME(ascend_moves)(const fm_options *o) {
-  const FM_REAL step = (FM_REAL)(o->rho / (o->norm + o->eps));
-  return isfinite(o->norm) && isfinite(step) && step != 0;
-}
-
 static void FM_NAME(ascend)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
   const fm_view *param = &row->operand[FM_ASCEND_PARAM];
-  const bool moves = FM_NAME(ascend_moves)(o);
+  const bool moves = FM_NAME(fm_ascend_moves)(o);
   const bool random = o->random && fm_dtype_size(param->dtype) == 2;
   FM_NAME(fm_blocks) blocks;
   uint32_t words[FM_BLOCK];
@@ -231,15 +212,7 @@ FM_INLINE void FM_NAME(sgd_momentum_block)(FM_REAL *out, FM_REAL *buffer_out, co
 static void FM_NAME(restore_sgd)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
-  const FM_NAME(fm_sgd) sgd = {
-      .minus_lr = (FM_REAL)-o->lr,
-      .momentum = (FM_REAL)o->momentum,
-      .one_minus_dampening = (FM_REAL)(1.0 - o->dampening),
-      .weight_decay = (FM_REAL)o->weight_decay,
-      .first_step = o->first_step,
-      .nesterov = o->nesterov,
-      .maximize = o->maximize,
-  };
+  const FM_NAME(fm_sgd) sgd = FM_NAME(fm_sgd_of)(o);
   const fm_view *param = &row->operand[FM_STEP_PARAM], *buffer = &row->operand[FM_SGD_BUFFER];
   FM_NAME(fm_blocks) blocks;
   for (int64_t at = begin; at < end; at += FM_BLOCK) {
@@ -291,19 +264,7 @@ static FM_REAL *FM_NAME(load_state)(const fm_view *v, int64_t at, int64_t n, FM_
 static void FM_NAME(restore_adam)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
-  const FM_NAME(fm_adam) adam = {
-      .one_minus_beta1 = (FM_REAL)(1.0 - o->beta1),
-      .beta2 = (FM_REAL)o->beta2,
-      .one_minus_beta2 = (FM_REAL)(1.0 - o->beta2),
-      .eps = (FM_REAL)o->adam_eps,
-      .weight_decay = (FM_REAL)o->weight_decay,
-      .shrink = (FM_REAL)(1.0 - o->lr * o->weight_decay),
-      .minus_step_size = (FM_REAL)-row->step_size,
-      .root_bias_correction2 = (FM_REAL)row->root_bias_correction,
-      .decoupled = o->decoupled,
-      .amsgrad = o->amsgrad,
-      .maximize = o->maximize,
-  };
+  const FM_NAME(fm_adam) adam = FM_NAME(fm_adam_of)(o, row->bias_correction1, row->root_bias_correction);
   const fm_view *param = &row->operand[FM_STEP_PARAM];
   FM_NAME(fm_blocks) blocks;
   for (int64_t at = begin; at < end; at += FM_BLOCK) {

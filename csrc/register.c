@@ -1,6 +1,5 @@
-/* The operator table: schema, kernel, and the checks that stand between them. The library defines the namespace when it
- * is loaded; torch must be in the process already. */
-#include "torch_args.h"
+/* The CPU backend: the core's operators on torch's threads. */
+#include "backend.h"
 
 /* The core's parallel_for is torch's own, so thread counts and pools are those that the user set. */
 static void torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context) {
@@ -9,305 +8,30 @@ static void torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn
   }
 }
 
-/* ---- shared checks ---- */
-
-static bool take_exponent(fm_args *args, int a, double *q) {
-  *q = args->arg[a].number;
-  return *q >= 1.0 || fm_fail(args, "%s: %g given, but a norm needs 1 <= q <= infinity", args->arg[a].name, *q);
-}
-
-static bool take_not_negative(fm_args *args, int a, double *value) {
-  *value = args->arg[a].number;
-  return *value >= 0.0 || fm_fail(args, "%s: %g given, but it must not be negative", args->arg[a].name, *value);
-}
-
-/* Gives each row its T(w). ASAM scales weights only, not biases and norm layers: tensors of two dimensions or more. */
-static bool take_scaling(fm_args *args, int tensors, int a, bool for_norm, fm_list *list) {
-  const int64_t scaling = args->arg[a].integer;
-  if (scaling < FM_SCALE_NONE || scaling > FM_SCALE_BIG_VISION) {
-    return fm_fail(args, "%s: %lld given, but it is 0 (none), 1 (asam), 2 (davda54) or 3 (big_vision)",
-                   args->arg[a].name, (long long)scaling);
-  }
-  for (int64_t r = 0; r < list->count; r++) {
-    const bool unscaled = (scaling == FM_SCALE_ASAM && args->arg[tensors].tensors[r].dims < 2) ||
-                          (scaling == FM_SCALE_BIG_VISION && for_norm);
-    list->rows[r].scaling = unscaled ? FM_SCALE_NONE : (int)scaling;
-  }
-  return true;
-}
-
-/* ---- reductions ---- */
-
-typedef double fm_reduction(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
-
-static bool needs_weights(int64_t scaling) { return scaling == FM_SCALE_ASAM || scaling == FM_SCALE_DAVDA54; }
-
-static bool reduce(fm_args *args, int scaling, int eta, fm_options *o, fm_reduction *reduction, double *value) {
-  enum { TENSORS, WEIGHTS };
-  fm_list list = {0};
-  if (!take_not_negative(args, eta, &o->eta) || !fm_take_rows(args, TENSORS, FM_REDUCE_GRAD, FM_READ, true, &list) ||
-      !take_scaling(args, TENSORS, scaling, true, &list) ||
-      (needs_weights(args->arg[scaling].integer) &&
-       !fm_take_operand(args, TENSORS, WEIGHTS, FM_REDUCE_WEIGHT, FM_READ, &list))) {
-    return false;
-  }
-  *value = reduction(&list, o, torch_threads);
-  return true;
-}
-
-static bool op_norm(fm_args *args, double *value) {
-  enum { Q = 2, SCALING, ETA };
-  fm_options o = {0};
-  return take_exponent(args, Q, &o.q) && reduce(args, SCALING, ETA, &o, fm_norm, value);
-}
-
-static bool op_ties(fm_args *args, double *value) {
-  enum { NORM = 2, SCALING, ETA };
-  fm_options o = {0};
-  return fm_take_scalar(args, NORM, &o.norm) && reduce(args, SCALING, ETA, &o, fm_ties, value);
-}
-
-/* ---- element-wise operators ---- */
-
-static bool op_sam_ascend_(fm_args *args, double *value) {
-  enum { PARAMS, GRADS, BACKUP, NORM, RHO, KEY, Q, SCALING, ETA, EPS };
-  (void)value;
-  const fm_written written[] = {{PARAMS, FM_ASCEND_PARAM}, {BACKUP, FM_ASCEND_OLD}};
-  fm_options o = {0};
-  fm_list list = {0};
-  uint64_t key[2] = {0, 0};
-  if (!take_exponent(args, Q, &o.q) || !take_not_negative(args, ETA, &o.eta) || !take_not_negative(args, EPS, &o.eps) ||
-      !fm_take_scalar(args, NORM, &o.norm) || !fm_take_scalar(args, RHO, &o.rho) ||
-      !fm_take_key(args, KEY, key, &o.random) || !fm_take_rows(args, PARAMS, FM_ASCEND_PARAM, FM_WRITE, false, &list) ||
-      !take_scaling(args, PARAMS, SCALING, false, &list) ||
-      !fm_take_operand(args, PARAMS, GRADS, FM_ASCEND_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_ASCEND_OLD, &list) || !fm_check_disjoint(args, written, 2, &list)) {
-    return false;
-  }
-  if (o.rho < 0.0) {
+static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options,
+                const fm_scalars *scalars, double *result) {
+  fm_options o = *options;
+  fm_read_scalars(&o, scalars);
+  if (op == FM_OP_ASCEND && o.rho < 0.0) {
     return fm_fail(args, "rho: %g given, but a radius must not be negative", o.rho);
   }
-  o.seed = key[0];
-  o.step = key[1];
-  fm_sam_ascend(&list, &o, torch_threads);
-  return true;
-}
-
-static bool op_restore_(fm_args *args, double *value) {
-  enum { PARAMS, BACKUP };
-  (void)value;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}};
-  fm_options o = {0};
-  fm_list list = {0};
-  if (!fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, false, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) || !fm_check_disjoint(args, written, 2, &list)) {
-    return false;
-  }
-  fm_restore(&list, &o, torch_threads);
-  return true;
-}
-
-static bool op_restore_sgd_(fm_args *args, double *value) {
-  enum { PARAMS, GRADS, BUFFERS, BACKUP, LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, FIRST_STEP };
-  (void)value;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}, {BUFFERS, FM_SGD_BUFFER}};
-  fm_options o = {.momentum = args->arg[MOMENTUM].number,
-                  .dampening = args->arg[DAMPENING].number,
-                  .weight_decay = args->arg[WEIGHT_DECAY].number,
-                  .nesterov = args->arg[NESTEROV].integer,
-                  .maximize = args->arg[MAXIMIZE].integer,
-                  .first_step = args->arg[FIRST_STEP].integer};
-  fm_list list = {0};
-  if (o.momentum == 0.0 && args->arg[BUFFERS].count != 0) {
-    return fm_fail(args, "momentum_buffers are given but momentum is 0; give an empty list");
-  }
-  if (!fm_take_scalar(args, LR, &o.lr) || !fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, false, &list) ||
-      !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
-      (o.momentum != 0.0 && !fm_take_operand(args, PARAMS, BUFFERS, FM_SGD_BUFFER, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, 3, &list)) {
-    return false;
-  }
-  fm_restore_sgd(&list, &o, torch_threads);
-  return true;
-}
-
-/* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
-static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *count) {
-  const fm_tensor *t = &arg->tensors[i];
-  float narrow = 0.0F;
-  const bool single = t->dtype == aoti_torch_dtype_float32();
-  if (t->device_type != aoti_torch_device_type_cpu() || t->numel != 1 ||
-      (!single && t->dtype != aoti_torch_dtype_float64())) {
-    return fm_fail(args, "%s[%lld] must be a float32 tensor of one element on the CPU", arg->name, (long long)i);
-  }
-  if (single) {
-    memcpy(&narrow, t->data, sizeof narrow);
-    *count = (double)narrow;
-  } else {
-    memcpy(count, t->data, sizeof *count);
+  switch (op) {
+    case FM_OP_NORM: *result = fm_norm(list, &o, torch_threads); break;
+    case FM_OP_TIES: *result = fm_ties(list, &o, torch_threads); break;
+    case FM_OP_ASCEND: fm_sam_ascend(list, &o, torch_threads); break;
+    case FM_OP_RESTORE: fm_restore(list, &o, torch_threads); break;
+    case FM_OP_RESTORE_SGD: fm_restore_sgd(list, &o, torch_threads); break;
+    case FM_OP_RESTORE_ADAM: fm_restore_adam(list, &o, torch_threads); break;
   }
   return true;
 }
 
-static void set_step_count(const fm_tensor *t, double count) {
-  const float narrow = (float)count;
-  if (t->dtype == aoti_torch_dtype_float32()) {
-    memcpy(t->data, &narrow, sizeof narrow);
-  } else {
-    memcpy(t->data, &count, sizeof count);
-  }
-}
+static int isa(void) { return fm_active_kernels->isa; }
 
-/* Bias corrections of each row's coming step, in double as torch computes them. */
-static bool take_steps(fm_args *args, int a, const fm_options *o, fm_list *list) {
-  const fm_arg *arg = &args->arg[a];
-  if (arg->count != list->count) {
-    return fm_fail(args, "steps has %lld tensors and params has %lld; give one for each", (long long)arg->count,
-                   (long long)list->count);
-  }
-  for (int64_t r = 0; r < list->count; r++) {
-    double count = 0.0;
-    if (!step_count(args, arg, r, &count)) {
-      return false;
-    }
-    list->rows[r].step_size = o->lr / (1.0 - fm_pow_int(o->beta1, (int64_t)count + 1));
-    list->rows[r].root_bias_correction = sqrt(1.0 - fm_pow_int(o->beta2, (int64_t)count + 1));
-  }
-  return true;
-}
-
-static bool op_restore_adam_(fm_args *args, double *value) {
-  enum {
-    PARAMS,
-    GRADS,
-    MEANS,
-    SQUARES,
-    LARGEST,
-    STEPS,
-    BACKUP,
-    LR,
-    BETA1,
-    BETA2,
-    EPS,
-    WEIGHT_DECAY,
-    DECOUPLED,
-    AMSGRAD
-  };
-  enum { MAXIMIZE = AMSGRAD + 1 };
-  (void)value;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM},
-                                {BACKUP, FM_STEP_OLD},
-                                {MEANS, FM_ADAM_MEAN},
-                                {SQUARES, FM_ADAM_SQUARE},
-                                {LARGEST, FM_ADAM_LARGEST}};
-  fm_options o = {.beta1 = args->arg[BETA1].number,
-                  .beta2 = args->arg[BETA2].number,
-                  .adam_eps = args->arg[EPS].number,
-                  .weight_decay = args->arg[WEIGHT_DECAY].number,
-                  .decoupled = args->arg[DECOUPLED].integer,
-                  .amsgrad = args->arg[AMSGRAD].integer,
-                  .maximize = args->arg[MAXIMIZE].integer};
-  fm_list list = {0};
-  if (!o.amsgrad && args->arg[LARGEST].count != 0) {
-    return fm_fail(args, "max_exp_avg_sqs are given but amsgrad is False; give an empty list");
-  }
-  if (!fm_take_scalar(args, LR, &o.lr) || !fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, false, &list) ||
-      !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
-      !fm_take_operand(args, PARAMS, MEANS, FM_ADAM_MEAN, FM_WRITE, &list) ||
-      !fm_take_operand(args, PARAMS, SQUARES, FM_ADAM_SQUARE, FM_WRITE, &list) ||
-      (o.amsgrad && !fm_take_operand(args, PARAMS, LARGEST, FM_ADAM_LARGEST, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, 5, &list) || !take_steps(args, STEPS, &o, &list)) {
-    return false;
-  }
-  fm_restore_adam(&list, &o, torch_threads);
-  for (int64_t r = 0; r < list.count; r++) {
-    double count = 0.0;
-    step_count(args, &args->arg[STEPS], r, &count);
-    set_step_count(&args->arg[STEPS].tensors[r], count + 1.0);
-  }
-  return true;
-}
-
-static bool op_isa(fm_args *args, double *value) {
-  (void)args;
-  *value = fm_active_kernels->isa;
-  return true;
-}
-
-/* ---- the table ---- */
-
-/* name, dispatch key, schema. An operator without tensor arguments has no backend to dispatch on. */
-#define FM_OPERATORS(X)                                                                                               \
-  X(norm, "CPU", "norm(Tensor[] tensors, Tensor[] weights, float q, int scaling, float eta) -> Tensor")               \
-  X(ties, "CPU", "ties(Tensor[] tensors, Tensor[] weights, Tensor norm, int scaling, float eta) -> Tensor")           \
-  X(sam_ascend_, "CPU",                                                                                               \
-    "sam_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor norm, Tensor rho, Tensor key, float " \
-    "q, "                                                                                                             \
-    "int scaling, float eta, float eps) -> ()")                                                                       \
-  X(restore_, "CPU", "restore_(Tensor(a!)[] params, Tensor backup) -> ()")                                            \
-  X(restore_sgd_, "CPU",                                                                                              \
-    "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor backup, Tensor lr, "     \
-    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> ()")      \
-  X(restore_adam_, "CPU",                                                                                             \
-    "restore_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "            \
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, float "    \
-    "eps, "                                                                                                           \
-    "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()")                                         \
-  X(isa, "CompositeExplicitAutograd", "isa() -> int")
-
-typedef bool fm_body(fm_args *args, double *value);
-
-/* A schema ends in what it returns: a float64 0-dim tensor, an int, or nothing. */
-static void put_result(fm_args *args, const char *schema, double value, StableIValue *stack) {
-  const char *returns = strstr(schema, "->") + 3;
-  if (*returns == 'T') {
-    AtenTensorHandle result = NULL;
-    void *data = NULL;
-    if (aoti_torch_empty_strided(0, NULL, NULL, aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0, &result) ||
-        torch_get_mutable_data_ptr(result, &data)) {
-      fm_fail(args, "flatmin: torch could not allocate a result");
-      return;
-    }
-    memcpy(data, &value, sizeof value);
-    stack[0] = (fm_slot){.tensor = result}.value;
-  } else if (*returns == 'i') {
-    stack[0] = (fm_slot){.integer = (int64_t)value}.value;
-  }
-}
-
-static void call(const char *schema, fm_body *body, StableIValue *stack) {
-  fm_args args;
-  double value = 0.0;
-  fm_args_open(&args, schema, stack);
-  if (args.error[0] == '\0' && body(&args, &value)) {
-    put_result(&args, schema, value, stack);
-  }
-  fm_args_close(&args);
-  if (args.error[0] != '\0') { /* throws through this frame, so everything is freed by now */
-    aoti_torch_check(false, __func__, __FILE__, __LINE__, args.error);
-  }
-}
-
-#define FM_BOXED(name, key, schema)                                                    \
-  static void boxed_##name(StableIValue *stack, uint64_t n_args, uint64_t n_outputs) { \
-    (void)n_args;                                                                      \
-    (void)n_outputs;                                                                   \
-    call(schema, op_##name, stack);                                                    \
-  }
-FM_OPERATORS(FM_BOXED)
-
-__attribute__((constructor)) static void register_operators(void) {
-  TorchLibraryHandle def = NULL, impl = NULL;
-  AOTITorchError failed = aoti_torch_library_init_def("flatmin", __FILE__, __LINE__, &def);
-#define FM_REGISTER(name, key, schema)                                                \
-  failed = failed || aoti_torch_library_def(def, schema) ||                           \
-           aoti_torch_library_init_impl("flatmin", key, __FILE__, __LINE__, &impl) || \
-           torch_library_impl(impl, #name, boxed_##name, FM_TORCH_ABI_VERSION);
-  FM_OPERATORS(FM_REGISTER)
-#undef FM_REGISTER
-  if (failed) { /* python/flatmin/_lib.py finds an operator missing and says what to do */
-    return;
-  }
-}
+const fm_backend fm_this_backend = {
+    .dispatch_keys = {"CPU", "SparseCPU", "SparseCsrCPU"},
+    .defines_operators = true,
+    .device_type = aoti_torch_device_type_cpu,
+    .isa = isa,
+    .run = run,
+};

@@ -44,7 +44,9 @@ static bool describe(fm_args *args, fm_tensor *t) {
   AOTITorchError failed = aoti_torch_get_layout(t->handle, &t->layout);
   failed |= aoti_torch_get_dtype(t->handle, &t->dtype);
   failed |= aoti_torch_get_device_type(t->handle, &t->device_type);
-  if (!failed && t->layout == aoti_torch_layout_strided()) { /* a sparse tensor has no strides and no data */
+  failed |= aoti_torch_get_device_index(t->handle, &t->device_index);
+  t->device_index = t->device_index < 0 ? 0 : t->device_index; /* -1 for the CPU */
+  if (!failed && t->layout == aoti_torch_layout_strided()) {   /* a sparse tensor has no strides and no data */
     failed |= aoti_torch_get_numel(t->handle, &t->numel);
     failed |= aoti_torch_get_dim(t->handle, &t->dims);
     failed |= aoti_torch_get_sizes(t->handle, &size);
@@ -93,8 +95,10 @@ static void open_tensor(fm_args *args, fm_arg *arg, StableIValue value) {
 }
 
 /* Reads "name(type name, type name, ...)". */
-void fm_args_open(fm_args *args, const char *schema, const StableIValue *stack) {
+void fm_args_open(fm_args *args, int32_t device_type, const char *schema, const StableIValue *stack) {
   memset(args, 0, sizeof *args);
+  args->device_type = device_type;
+  args->device_index = -1;
   const char *at = strchr(schema, '(') + 1;
   while (*at != ')') {
     fm_arg *arg = &args->arg[args->count];
@@ -126,6 +130,9 @@ void fm_args_close(fm_args *args) {
     if (args->arg[a].list != NULL) {
       torch_delete_list(args->arg[a].list);
     }
+  }
+  if (args->scratch != NULL) {
+    aoti_torch_delete_tensor_object(args->scratch);
   }
   while (args->memory != NULL) {
     fm_memory *block = args->memory;
@@ -164,8 +171,11 @@ static bool check_place(fm_args *args, const fm_arg *arg, int64_t i) {
   if (t->layout != aoti_torch_layout_strided()) {
     return fm_fail(args, "%s is sparse; give a dense tensor (t.to_dense())", label(arg, i, text));
   }
-  if (t->device_type != aoti_torch_device_type_cpu()) {
-    return fm_fail(args, "%s is not on the CPU as the others are; call once for each device", label(arg, i, text));
+  if (args->device_index < 0) {
+    args->device_index = t->device_index;
+  }
+  if (t->device_type != args->device_type || t->device_index != args->device_index) {
+    return fm_fail(args, "%s is on another device than the others; call once for each device", label(arg, i, text));
   }
   return true;
 }
@@ -263,7 +273,7 @@ static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm
 
 /* ---- lists to rows ---- */
 
-bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, bool reduction, fm_list *list) {
+bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, fm_list *list) {
   const fm_arg *arg = &args->arg[a];
   const size_t count = (size_t)arg->count;
   list->count = arg->count;
@@ -282,11 +292,20 @@ bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, bool reduction,
     }
     list->rows[i].wide = view->dtype == FM_F64;
   }
-  const int64_t chunks = fm_list_plan(list);
-  if (reduction) {
-    list->partials = fm_args_alloc(args, (size_t)chunks * 3 * sizeof(double));
+  fm_list_plan(list);
+  return true;
+}
+
+bool fm_take_partials(fm_args *args, fm_list *list) {
+  const int64_t doubles = 3 * list->first_chunk[list->count], stride = 1;
+  void *data = NULL;
+  if (aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), args->device_type, args->device_index,
+                               &args->scratch) ||
+      torch_get_mutable_data_ptr(args->scratch, &data)) {
+    return fm_fail(args, "out of memory: %lld bytes of working space asked for", (long long)doubles * 8);
   }
-  return !reduction || list->partials != NULL;
+  list->partials = data;
+  return true;
 }
 
 static bool same_sizes(const fm_tensor *a, const fm_tensor *b) {
@@ -353,7 +372,7 @@ bool fm_take_backup(fm_args *args, int a, int operand, fm_list *list) {
 
 typedef struct fm_extent {
   const char *begin, *end; /* first byte, one past the last */
-  bool dense;
+  fm_view view;
   int arg;
   int64_t item;
 } fm_extent;
@@ -367,7 +386,7 @@ static fm_extent extent_of(const fm_view *v, int arg, int64_t item) {
     }
   }
   const char *end = v->data + (last + 1) * (int64_t)fm_dtype_size(v->dtype);
-  return (fm_extent){v->data, end, v->layout == NULL, arg, item};
+  return (fm_extent){v->data, end, *v, arg, item};
 }
 
 /* Shell's sort with Ciura's gaps. The lists of a step arrive in long ascending runs, on which it does little: for 426
@@ -386,8 +405,56 @@ static void sort_extents(fm_extent *extents, int64_t n) {
   }
 }
 
-/* Views that interleave (x[::2] and x[1::2]) share an extent and no element, so a strided tensor is only held against
- * its exact twin. */
+/* Marks every byte of a tensor in `map`, which starts at byte `base`; false if one is marked already. */
+static bool mark_bytes(const fm_view *v, const char *base, unsigned char *map) {
+  const int64_t size = (int64_t)fm_dtype_size(v->dtype);
+  for (int64_t i = 0; i < v->numel; i++) {
+    int64_t offset = i, rest = i;
+    if (v->layout != NULL) {
+      offset = 0;
+      for (int d = v->layout->dims - 1; d >= 0; d--) {
+        offset += rest % v->layout->size[d] * v->layout->stride[d];
+        rest /= v->layout->size[d];
+      }
+    }
+    unsigned char *at = map + (v->data - base) + offset * size;
+    if (at[0] != 0 || at[size - 1] != 0) {
+      return false;
+    }
+    memset(at, 1, (size_t)size);
+  }
+  return true;
+}
+
+static bool fail_shared(fm_args *args, const fm_extent *a, const fm_extent *b) {
+  char first[FM_LABEL_LENGTH], second[FM_LABEL_LENGTH];
+  return fm_fail(args, "%s and %s share memory; give each tensor once, with memory of its own",
+                 label(&args->arg[a->arg], a->item, first), label(&args->arg[b->arg], b->item, second));
+}
+
+/* Extents that intersect: shared memory for sure if one of the two is dense, otherwise views may interleave (x[::2] and
+ * x[1::2]) without a common element. Those are marked byte by byte: slow, but few have such parameters. */
+static bool check_group(fm_args *args, const fm_extent *extents, int64_t count) {
+  const char *end = extents[0].end;
+  for (int64_t i = 1; i < count; i++) {
+    end = extents[i].end > end ? extents[i].end : end;
+    if (extents[i - 1].begin == extents[i].begin || (extents[i - 1].view.layout == NULL)) {
+      return fail_shared(args, &extents[i - 1], &extents[i]);
+    }
+  }
+  unsigned char *map = calloc((size_t)(end - extents[0].begin), 1);
+  if (map == NULL) {
+    return fm_fail(args, "out of memory: %lld bytes to see whether strided views overlap",
+                   (long long)(end - extents[0].begin));
+  }
+  int64_t clash = 0;
+  for (int64_t i = 0; i < count && clash == 0; i++) {
+    clash = mark_bytes(&extents[i].view, extents[0].begin, map) ? 0 : i;
+  }
+  free(map);
+  return clash == 0 || fail_shared(args, &extents[clash - 1], &extents[clash]);
+}
+
 bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, const fm_list *list) {
   fm_extent *extents = fm_args_alloc(args, (size_t)(list->count * count) * sizeof *extents);
   if (extents == NULL) {
@@ -405,20 +472,23 @@ bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, cons
     }
   }
   sort_extents(extents, n);
-  for (int64_t i = 1; i < n; i++) {
-    const fm_extent *a = &extents[i - 1], *b = &extents[i];
-    if (a->begin == b->begin || (a->dense && b->dense && b->begin < a->end)) {
-      char first[FM_LABEL_LENGTH], second[FM_LABEL_LENGTH];
-      return fm_fail(args, "%s and %s share memory; give each tensor once, with memory of its own",
-                     label(&args->arg[a->arg], a->item, first), label(&args->arg[b->arg], b->item, second));
+  for (int64_t i = 0; i < n;) { /* groups whose extents touch one another */
+    const char *end = extents[i].end;
+    int64_t next = i + 1;
+    for (; next < n && extents[next].begin < end; next++) {
+      end = extents[next].end > end ? extents[next].end : end;
     }
+    if (next - i > 1 && !check_group(args, extents + i, next - i)) {
+      return false;
+    }
+    i = next;
   }
   return true;
 }
 
 /* ---- single tensors ---- */
 
-bool fm_take_scalar(fm_args *args, int a, double *value) {
+bool fm_take_scalar(fm_args *args, int a, const double **value) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
   if (!check_place(args, arg, 0)) {
@@ -427,11 +497,11 @@ bool fm_take_scalar(fm_args *args, int a, double *value) {
   if (t->dtype != aoti_torch_dtype_float64() || t->numel != 1) {
     return fm_fail(args, "%s must be a float64 tensor of one element", arg->name);
   }
-  memcpy(value, t->data, sizeof *value);
+  *value = (const double *)(const void *)t->data;
   return true;
 }
 
-bool fm_take_key(fm_args *args, int a, uint64_t key[2], bool *given) {
+bool fm_take_key(fm_args *args, int a, const uint64_t **key) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
   if (!check_place(args, arg, 0)) {
@@ -441,9 +511,6 @@ bool fm_take_key(fm_args *args, int a, uint64_t key[2], bool *given) {
       (t->numel == 2 && t->stride[0] != 1)) {
     return fm_fail(args, "%s must be a contiguous uint64 tensor (seed, step), or empty to round to nearest", arg->name);
   }
-  *given = t->numel == 2;
-  if (*given) {
-    memcpy(key, t->data, 2 * sizeof *key);
-  }
+  *key = t->numel == 2 ? (const uint64_t *)(const void *)t->data : NULL;
   return true;
 }

@@ -26,7 +26,7 @@ typedef struct fm_tensor {
   char *data;
   const int64_t *size, *stride;
   int64_t dims, numel;
-  int32_t dtype, device_type, layout;
+  int32_t dtype, device_type, device_index, layout;
 } fm_tensor;
 
 /* One argument. A single tensor is a list of one. */
@@ -41,13 +41,16 @@ typedef struct fm_arg {
 } fm_arg;
 
 typedef struct fm_args {
+  int32_t device_type;  /* where every tensor must be */
+  int32_t device_index; /* of the first */
   int count;
   fm_arg arg[FM_MAX_ARGS];
+  AtenTensorHandle scratch; /* working memory on the device, or NULL */
   struct fm_memory *memory;
   char error[FM_ERROR_LENGTH]; /* empty: none so far */
 } fm_args;
 
-void fm_args_open(fm_args *args, const char *schema, const StableIValue *stack);
+void fm_args_open(fm_args *args, int32_t device_type, const char *schema, const StableIValue *stack);
 void fm_args_close(fm_args *args);
 
 /* Memory that lives until fm_args_close; NULL (and an error) if there is none. */
@@ -60,8 +63,11 @@ bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(print
 typedef enum fm_use { FM_READ, FM_WRITE } fm_use;
 
 /* Makes the rows of `list` from the tensors of argument `arg`, which sets the order of elements: ascending in memory.
- * With `reduction` each chunk gets room for a partial result. */
-bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, bool reduction, fm_list *list);
+ */
+bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, fm_list *list);
+
+/* Room on the device for one partial result a chunk. Call it before fm_take_operand: a norm reads any floating type. */
+bool fm_take_partials(fm_args *args, fm_list *list);
 
 /* Adds the tensors of `arg` to the rows made from `first`: as many, of the same sizes, of the same type or float32. */
 bool fm_take_operand(fm_args *args, int first, int arg, int operand, fm_use use, fm_list *list);
@@ -77,10 +83,10 @@ typedef struct fm_written {
 /* Fails if two of the written tensors share memory. */
 bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, const fm_list *list);
 
-/* The value of a float64 tensor of one element. */
-bool fm_take_scalar(fm_args *args, int arg, double *value);
+/* The address of a float64 tensor of one element. On a GPU only kernels may read there. */
+bool fm_take_scalar(fm_args *args, int arg, const double **value);
 
-/* The two words of a uint64 key; `given` is false for an empty one. */
-bool fm_take_key(fm_args *args, int arg, uint64_t key[2], bool *given);
+/* The two words of a uint64 key; NULL for an empty one. */
+bool fm_take_key(fm_args *args, int arg, const uint64_t **key);
 
 #endif

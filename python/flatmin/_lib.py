@@ -34,6 +34,12 @@ def _load() -> None:
 
 _load()
 
+#: The operators that have a kernel for each device, and what calls them.
+OPERATORS = {
+    name: getattr(torch.ops.flatmin, name).default
+    for name in ("norm", "ties", "sam_ascend_", "restore_", "restore_sgd_", "restore_adam_")
+}
+
 #: Device types with kernels; everything else runs in flatmin.reference.
 DEVICES: frozenset[str] = frozenset({"cpu"})
 
@@ -54,7 +60,5 @@ def _fake_update(params: Sequence[Tensor], *others: object) -> None:
     _check_one_device(params, *(other for other in others if isinstance(other, list)))
 
 
-for _name in ("norm", "ties"):
-    torch.library.register_fake(f"flatmin::{_name}", _fake_reduction)
-for _name in ("sam_ascend_", "restore_", "restore_sgd_", "restore_adam_"):
-    torch.library.register_fake(f"flatmin::{_name}", _fake_update)
+for _name in OPERATORS:
+    torch.library.register_fake(f"flatmin::{_name}", _fake_update if _name.endswith("_") else _fake_reduction)

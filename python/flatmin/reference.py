@@ -125,7 +125,9 @@ def sam_ascend_(
         if q == 2.0:
             e = (_real(inner * t * d) * step.to(_arithmetic(p))).to(_arithmetic(p))
         else:
-            x = _real(inner * d).to(_wide(p))
+            wide = torch.promote_types(p.dtype, _wide(p))  # as the norm saw T g: ties are exact comparisons
+            t = _scale(p.to(wide), scaling, eta)
+            x = _real(g.to(wide) if scaling == BIG_VISION else t * g.to(wide))
             if q == math.inf:
                 e = rho * x.sign() * (x.abs() == norm)
             else:

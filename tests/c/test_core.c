@@ -105,11 +105,11 @@ static fm_list make_list(fm_dtype dtype, int operands, unsigned exact) {
     }
     list.rows[r].wide = dtype == FM_F64;
     list.rows[r].scaling = r % 4;
-    list.rows[r].step_size = 0.01;
+    list.rows[r].bias_correction1 = 0.3;
     list.rows[r].root_bias_correction = 0.7;
   }
   const int64_t chunks = fm_list_plan(&list);
-  list.partials = malloc((size_t)chunks * 3 * sizeof(double));
+  list.partials = malloc((size_t)chunks * sizeof *list.partials);
   return list;
 }
 
@@ -198,7 +198,7 @@ static void test_tree(void) {
     int64_t first_chunk[2];
     fm_list list = {&row, 1, first_chunk, NULL};
     const int64_t chunks = fm_list_plan(&list);
-    list.partials = malloc((size_t)chunks * 3 * sizeof(double) + 1);
+    list.partials = malloc((size_t)chunks * sizeof *list.partials + 1);
     for (int64_t i = 0; i < n; i++) {
       put(&row.operand[0], i, uniform((uint64_t)i, 3));
     }
@@ -372,7 +372,7 @@ static void test_extremes(void) {
   double *values = malloc(COUNT * sizeof *values);
   fm_row row = {.wide = true, .operand = {{(char *)values, NULL, COUNT, FM_F64}}};
   int64_t first_chunk[2];
-  double partials[6];
+  fm_sum partials[2];
   fm_list list = {&row, 1, first_chunk, partials};
   fm_list_plan(&list);
   for (int k = 0; k < 8; k++) {

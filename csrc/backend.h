@@ -1,0 +1,31 @@
+/* What a device offers to the operator table. csrc/register.c is the CPU, cuda/register.c the GPU; each is linked with
+ * operators.c and torch_args.c into a library of its own. */
+#ifndef FM_BACKEND_H
+#define FM_BACKEND_H
+
+#include "torch_args.h"
+
+typedef enum fm_operator {
+  FM_OP_NORM,
+  FM_OP_TIES,
+  FM_OP_ASCEND,
+  FM_OP_RESTORE,
+  FM_OP_RESTORE_SGD,
+  FM_OP_RESTORE_ADAM
+} fm_operator;
+
+typedef struct fm_backend {
+  /* Sparse keys too: a sparse tensor sends the call there, and the checks then name the argument. NULL ends the list.
+   */
+  const char *dispatch_keys[4];
+  bool defines_operators; /* the library that owns the namespace: the CPU's, which is always loaded */
+  int32_t (*device_type)(void);
+  int (*isa)(void);
+  /* Runs an operator whose arguments are checked. `scalars` and `result` (reductions) lie on the device. */
+  bool (*run)(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+              double *result);
+} fm_backend;
+
+extern const fm_backend fm_this_backend;
+
+#endif
