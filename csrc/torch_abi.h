@@ -36,7 +36,6 @@ AOTITorchError torch_delete_list(StableListHandle list_handle);
 
 /* Tensors. Pointers, sizes and strides are borrowed from the tensor. */
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void **ret_data_ptr);
-AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t *ret_numel);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t *ret_dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t **ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t **ret_strides);

@@ -47,7 +47,6 @@ static bool describe(fm_args *args, fm_tensor *t) {
   failed |= aoti_torch_get_device_index(t->handle, &t->device_index);
   t->device_index = t->device_index < 0 ? 0 : t->device_index; /* -1 for the CPU */
   if (!failed && t->layout == aoti_torch_layout_strided()) {   /* a sparse tensor has no strides and no data */
-    failed |= aoti_torch_get_numel(t->handle, &t->numel);
     failed |= aoti_torch_get_dim(t->handle, &t->dims);
     failed |= aoti_torch_get_sizes(t->handle, &size);
     failed |= aoti_torch_get_strides(t->handle, &stride);
@@ -56,6 +55,10 @@ static bool describe(fm_args *args, fm_tensor *t) {
   t->data = data;
   t->size = size;
   t->stride = stride;
+  t->numel = size != NULL ? 1 : 0;
+  for (int64_t d = 0; d < t->dims; d++) {
+    t->numel *= size[d];
+  }
   return !failed || fm_fail(args, "flatmin: torch's C interface refused a tensor; this torch is not supported");
 }
 
