@@ -1,0 +1,178 @@
+"""Restore and base step in one pass over memory, where the base is exactly torch's SGD, Adam or AdamW.
+
+Anything that this would not reproduce to the letter, such as a hook on the base, a tensor learning rate or a
+parameter that lost its gradient in the second pass, is left to ``restore_`` followed by ``base.step()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+from . import _lib, ops
+from ._perturbed import Bucket, with_gradient
+
+__all__ = ["restore_and_step"]
+
+_Plan = Callable[[], None]
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+
+#: Group flags that ask torch for one particular implementation.
+_IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
+    """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit."""
+    plan_of = _PLANS.get(type(base))
+    if plan_of is None or not _step_is_plain(base):
+        return False
+    by_group = {bucket.group: bucket for bucket in buckets}
+    if len(by_group) != len(buckets):  # a group on several devices
+        return False
+    plans: list[tuple[Bucket, _Plan]] = []
+    for index, group in enumerate(base.param_groups):
+        bucket = by_group.get(index)
+        grads = _gradients(group, bucket)
+        if grads is None:
+            return False
+        if bucket is not None:
+            plan = plan_of(base, group, bucket, grads)
+            if plan is None:
+                return False
+            plans.append((bucket, plan))
+    for bucket, plan in plans:
+        plan()
+        bucket.moved = False
+    if "step" in base.__dict__:
+        base._opt_called = True  # type: ignore[attr-defined]  # what the scheduler's wrapper of step does
+    return True
+
+
+def _step_is_plain(base: Optimizer) -> bool:
+    """Whether ``base.step()`` would run torch's own code alone. A scheduler's wrapper only sets ``_opt_called``."""
+    patched = base.__dict__.get("step")
+    return (patched is None or hasattr(patched, "_wrapped_by_lr_sched")) and not (
+        base._optimizer_step_pre_hooks
+        or base._optimizer_step_post_hooks
+        or _torch_optimizer._global_optimizer_pre_hooks
+        or _torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def _gradients(group: dict[str, Any], bucket: Bucket | None) -> list[Tensor] | None:
+    """The gradients of ``bucket``; None unless the group has no others, and nothing asks for torch's
+    own step. The operator itself refuses a gradient that turned sparse since the ascent."""
+    params, grads = with_gradient(group["params"])
+    if bucket is None:
+        return None if params else []
+    fits = (
+        bucket.moved
+        and bucket.device.type in _lib.DEVICES
+        and bucket.dtype in (torch.float32, torch.float64)
+        and len(params) == len(bucket.params)
+        and all(map(is_, params, bucket.params))
+        and not any(group.get(flag) for flag in _IMPLEMENTATIONS)
+    )
+    return grads if fits else None
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
+    lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
+    if not _are_numbers(lr, momentum, dampening, weight_decay):
+        return None
+    options = {
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": bool(group["nesterov"]),
+        "maximize": bool(group["maximize"]),
+    }
+    if momentum == 0:
+        return partial(ops.restore_sgd_, bucket.params, grads, [], bucket.backup, lr, **options)
+    old: list[Any] = [state.get("momentum_buffer") if state else None for state in map(base.state.get, bucket.params)]
+    if all(map(is_not, old, repeat(None))):
+        return partial(ops.restore_sgd_, bucket.params, grads, old, bucket.backup, lr, **options)
+    if all(map(is_, old, repeat(None))):
+        return partial(_first_sgd_step, base, bucket, grads, lr, options)
+    return None
+
+
+def _first_sgd_step(base: Optimizer, bucket: Bucket, grads: list[Tensor], lr: float, options: dict[str, Any]) -> None:
+    buffers = [torch.empty_like(g, memory_format=torch.preserve_format) for g in grads]
+    ops.restore_sgd_(bucket.params, grads, buffers, bucket.backup, lr, first_step=True, **options)
+    for p, buffer in zip(bucket.params, buffers, strict=True):
+        base.state[p]["momentum_buffer"] = buffer
+
+
+def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
+    lr, weight_decay, eps, betas = (group[k] for k in ("lr", "weight_decay", "eps", "betas"))
+    if not _are_numbers(lr, weight_decay, eps, *betas):
+        return None
+    amsgrad = bool(group["amsgrad"])
+    states = [base.state.get(p) or _new_adam_state(p, amsgrad) for p in bucket.params]
+    if amsgrad and not all("max_exp_avg_sq" in state for state in states):
+        return None
+    steps = [state["step"] for state in states]
+    if set(map(_dtype, steps)) != {torch.float32} or not all(map(_is_cpu, steps)):
+        return None  # float64 under set_default_dtype(float64)
+    options = {
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled": bool(group["decoupled_weight_decay"]),
+        "amsgrad": amsgrad,
+        "maximize": bool(group["maximize"]),
+    }
+    return partial(_adam_step, base, bucket, grads, states, steps, lr, options)
+
+
+def _new_adam_state(p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+    """The state that torch gives a parameter at its first step, in torch's order."""
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+    zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+    counter = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return {"step": torch.tensor(0.0, dtype=counter)} | zeros
+
+
+def _adam_step(
+    base: Optimizer,
+    bucket: Bucket,
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    steps: list[Tensor],
+    lr: float,
+    options: dict[str, Any],
+) -> None:
+    ops.restore_adam_(
+        bucket.params,
+        grads,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state["max_exp_avg_sq"] for state in states] if options["amsgrad"] else [],
+        steps,
+        bucket.backup,
+        lr,
+        **options,
+    )
+    for p, state in zip(bucket.params, states, strict=True):
+        base.state[p] = state
+
+
+_PLANS: dict[type, Callable[[Any, dict[str, Any], Bucket, list[Tensor]], _Plan | None]] = {
+    SGD: _plan_sgd,
+    Adam: _plan_adam,
+    AdamW: _plan_adam,
+}

@@ -1,0 +1,69 @@
+"""One norm over everything that is perturbed: over buckets, over the shards of a DTensor, over a process group."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["combine", "is_dtensor", "local_gradient", "shard_groups", "total"]
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Asked through ``sys.modules``: importing torch.distributed.tensor takes most of a second, and nobody can hold a
+    DTensor who has not done it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def shard_groups(p: Any) -> tuple[ProcessGroup, ...]:
+    """The process groups over which a DTensor is cut into shards. Replicas hold the same values: not counted twice."""
+    return tuple(p.device_mesh.get_group(dim) for dim, place in enumerate(p.placements) if place.is_shard())
+
+
+def local_gradient(p: Any) -> Tensor:
+    """The shard of a DTensor parameter's gradient that belongs to its local tensor."""
+    grad = p.grad
+    if grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    local: Tensor = grad.to_local()
+    return local
+
+
+def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] = ()) -> Tensor:
+    """The q-norm of partial q-norms, and of those of the other ranks in ``groups``: 0-dim, without host sync.
+
+    Scaled by the maximum, so that no power over- or underflows. Not finite on every rank if it is not on one: NaN
+    counts as infinite, because the maximum of a collective may lose a NaN.
+    """
+    if len(partial) == 1 and not groups:
+        return partial[0]
+    device = partial[0].device
+    norms = torch.stack([n.to(device, non_blocking=True) for n in partial])
+    norms = torch.where(norms.isnan(), math.inf, norms)
+    largest = norms.amax()
+    for group in groups:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    if q == math.inf:
+        return largest
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    power = ((norms / unit) ** q).sum()
+    for group in groups:
+        torch.distributed.all_reduce(power, torch.distributed.ReduceOp.SUM, group)
+    return torch.where(largest.isfinite(), unit * power ** (1.0 / q), largest)
+
+
+def total(counts: Sequence[Tensor], groups: Sequence[ProcessGroup] = ()) -> Tensor:
+    """The sum of counts, and of those of the other ranks in ``groups``."""
+    device = counts[0].device
+    result = torch.stack([n.to(device, non_blocking=True) for n in counts]).sum()
+    for group in groups:
+        torch.distributed.all_reduce(result, torch.distributed.ReduceOp.SUM, group)
+    return result

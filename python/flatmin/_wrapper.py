@@ -1,0 +1,167 @@
+"""What an optimizer that wraps another must do so that torch and its trainers take it for an ordinary one.
+
+Schedulers, Accelerate, Lightning and torch.distributed.checkpoint test ``isinstance(opt, torch.optim.Optimizer)``,
+read and replace ``param_groups`` and ``state``, patch ``step`` and pickle. The wrapper therefore holds no second copy
+of anything: whatever the base optimizer owns is reached through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradScaler", "Wrapper"]
+
+
+class GradScaler(Protocol):
+    """The one method that is needed of :class:`torch.amp.GradScaler`."""
+
+    def scale(self, outputs: Tensor) -> Tensor: ...
+
+
+def _from_base(name: str) -> property:
+    def get(self: Wrapper) -> Any:
+        return getattr(self.base, name)
+
+    def set_(self: Wrapper, value: Any) -> None:
+        setattr(self.base, name, value)
+
+    return property(get, set_, doc=f"``{name}`` of the base optimizer: its own object.")
+
+
+def _set_by_scaler(name: str) -> property:
+    """``grad_scale`` or ``found_inf``: GradScaler sets and deletes them on the optimizer that it was given.
+
+    They are kept where they are read: on a base that scales by itself (``fused=True``), else here, because a base
+    that does not asserts their absence.
+    """
+
+    def get(self: Wrapper) -> Tensor:
+        try:
+            value: Tensor = self._scaler_values()[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        return value
+
+    def set_(self: Wrapper, value: Tensor) -> None:
+        self._scaler_values()[name] = value
+
+    def delete(self: Wrapper) -> None:
+        del self._scaler_values()[name]
+
+    return property(get, set_, delete)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer whose groups, state, defaults and checkpoints are those of ``base``."""
+
+    param_groups = _from_base("param_groups")
+    state = _from_base("state")
+    defaults = _from_base("defaults")
+    grad_scale = _set_by_scaler("grad_scale")
+    found_inf = _set_by_scaler("found_inf")
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self._amp: dict[str, Any] = {}
+        # The half of Optimizer's construction that is wanted: hook dictionaries and the patched step. __init__ would
+        # register the parameters a second time.
+        torch.optim.Optimizer.__setstate__(self, {})
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer, under the name that other implementations use."""
+        return self.base
+
+    def _must_step(self) -> bool:
+        """Whether GradScaler may not skip ``step`` on overflow, because the weights are not where they belong."""
+        raise NotImplementedError
+
+    def _refuse_unless_at_rest(self, action: str) -> None:
+        """Raise ``RuntimeError`` if ``action`` would see weights that are not the trained ones."""
+        raise NotImplementedError
+
+    # -- mixed precision -------------------------------------------------------------------------------------------
+
+    def _base_scales(self) -> bool:
+        return bool(getattr(self.base, "_step_supports_amp_scaling", False))
+
+    def _scaler_values(self) -> dict[str, Any]:
+        return vars(self.base) if self._base_scales() else self._amp
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True makes ``GradScaler.step`` always call ``step``; False lets it unscale and skip for us."""
+        return self._must_step() or self._base_scales()
+
+    def _unscale(self) -> bool:
+        """Do what GradScaler left to ``step``: divide the gradients by the scale. False if the step must be skipped.
+
+        One host synchronisation, the same as ``GradScaler`` has for an optimizer that does not scale by itself.
+        """
+        if not self._amp:
+            return True
+        if float(self._amp["found_inf"]) != 0.0:
+            return False
+        scale = self._amp.get("grad_scale")
+        if scale is not None:
+            inverse = scale.double().reciprocal().float()
+            grads = [p.grad for group in self.base.param_groups for p in group["params"] if p.grad is not None]
+            with torch.no_grad():
+                for grad in grads:
+                    grad.mul_(inverse.to(grad.device))
+        return True
+
+    # -- checkpoints, groups ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's ``state_dict()``; ``RuntimeError`` while the weights are perturbed."""
+        self._refuse_unless_at_rest("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result: dict[str, Any] = self.base.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = _or_else(post_hook(self, result), result)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The base's ``load_state_dict()``; a checkpoint of the bare optimizer will do."""
+        self._refuse_unless_at_rest("load_state_dict()")
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or_else(pre_hook(self, state_dict), state_dict)
+        self.base.load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The base's ``add_param_group()``."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's ``zero_grad()``."""
+        self.base.zero_grad(set_to_none)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hooks, as in torch, and a ``step`` that a scheduler patched in: neither can be pickled."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name != "step" and not name.startswith("_optimizer_")
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
+
+
+def _or_else(replaced: dict[str, Any] | None, original: dict[str, Any]) -> dict[str, Any]:
+    return original if replaced is None else replaced
+
+
+#: A closure as :meth:`torch.optim.Optimizer.step` takes it.
+Closure = Callable[[], Any]
