@@ -1,0 +1,177 @@
+"""Prints a digest of every operator's results on fixed inputs, as JSON: run by test_bits.py once for each FM_ISA.
+
+The inputs come from integer arithmetic, so they are the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from flatmin import ops
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: Empty, single, vector tails, around a buffer of 1024 and a chunk of 4096; many chunks, which threads share.
+LENGTHS = (0, 1, 7, 33, 1023, 1025, 4095, 4097, 300_001)
+
+
+def values(n: int, seed: int, dtype: torch.dtype, *, spread: int = 0) -> Tensor:
+    """n numbers in (-4, 4) with 31 random bits, times a random power of two up to 2^spread, some of them 0."""
+    mask = 2**32 - 1
+    bits = torch.arange(n, dtype=torch.int64) * 2654435761 + seed * 40503 & mask
+    for _ in range(2):  # Marsaglia's xorshift32
+        bits ^= bits << 13 & mask
+        bits ^= bits >> 17
+        bits ^= bits << 5 & mask
+    numbers = (bits - 2**31).double() * 2.0**-29
+    if spread:
+        numbers = torch.ldexp(numbers, bits % (spread + 1))
+    return torch.where(bits % 61 == 0, 0.0, numbers).to(dtype)
+
+
+@functools.cache
+def _inputs(seed: int, dtype: torch.dtype, spread: int) -> list[Tensor]:
+    flat = [values(n, seed + i, dtype, spread=spread) for i, n in enumerate(LENGTHS)]
+    matrix = values(67 * 131, seed + 100, dtype, spread=spread)
+    return [*flat, matrix.view(67, 131), matrix.clone().view(131, 67).t()]
+
+
+def tensors(seed: int, dtype: torch.dtype, *, spread: int = 0) -> list[Tensor]:
+    """New tensors, one of each length, and two matrices of which one is transposed, to take the strided path."""
+    return [t.clone() for t in _inputs(seed, dtype, spread)]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for t in tensors:
+        sha.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return sha.hexdigest()[:16]
+
+
+def exactly(t: Tensor) -> str:
+    return float(t).hex()
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def norms(dtype: torch.dtype) -> dict[str, str]:
+    """Each exponent and convention; in float64 also values far outside of the range where squares are normal."""
+    results = {}
+    grads, weights = tensors(1, dtype, spread=6), tensors(2, dtype)
+    for q in (1.0, 1.5, 2.0, 3.0, 51.0, math.inf):
+        for adaptive in (False, "asam", "davda54"):
+            norm = ops.norm(grads, weights, q=q, adaptive=adaptive)
+            results[f"norm q={q} {adaptive}"] = exactly(norm)
+            if math.isinf(q):
+                results[f"ties {adaptive}"] = exactly(ops.ties(grads, norm, weights, adaptive=adaptive))
+    if dtype == torch.float64:
+        for exponent in (-1060, -600, 600, 1000):
+            scaled = [torch.ldexp(g, torch.tensor(exponent)) for g in grads]
+            results[f"norm 2^{exponent}"] = exactly(ops.norm([*grads, *scaled]))
+            results[f"norm of 2^{exponent} alone"] = exactly(ops.norm(scaled))
+    return results
+
+
+def ascents(dtype: torch.dtype) -> dict[str, str]:
+    """Each exponent and convention; gradients of float32; stochastic rounding."""
+    key = torch.tensor([2**63 + 5, 9], dtype=torch.uint64)
+    cases: list[tuple[float, bool | str, torch.dtype, Tensor | None]] = [
+        (q, adaptive, dtype, None)
+        for q in (1.0, 1.5, 2.0, 51.0, math.inf)
+        for adaptive in (False, "asam", "davda54", "big_vision")
+    ]
+    if dtype != torch.float32:
+        cases += [(q, False, torch.float32, None) for q in (1.5, 2.0)]
+    if dtype.itemsize == 2:
+        cases += [(q, False, dtype, key) for q in (1.5, 2.0)]
+    results = {}
+    for q, adaptive, grad_dtype, chance in cases:
+        params, grads = tensors(4, dtype), tensors(3, grad_dtype)
+        backup = ops.backup_like(params).zero_()
+        norm = ops.norm(grads, params, q=q, adaptive=adaptive)
+        ops.sam_ascend_(params, grads, backup, norm, 0.7, q=q, adaptive=adaptive, key=chance)
+        name = f"ascend q={q} {adaptive} {grad_dtype} {'nearest' if chance is None else 'stochastic'}"
+        results[name] = digest([*params, backup])
+    ops.restore_(params, backup)
+    results["restore"] = digest(params)
+    return results
+
+
+def sgd_steps(dtype: torch.dtype) -> dict[str, str]:
+    results = {}
+    for state_dtype in {dtype: None, torch.float32: None}:
+        for momentum, nesterov, maximize in ((0.0, False, False), (0.9, False, True), (0.9, True, False)):
+            params, grads, backup = backed_up(dtype)
+            buffers = tensors(6, state_dtype) if momentum else []
+            ops.restore_sgd_(
+                params,
+                grads,
+                buffers,
+                backup,
+                0.1,
+                momentum=momentum,
+                dampening=0.0 if nesterov else 0.25,
+                weight_decay=0.01,
+                nesterov=nesterov,
+                maximize=maximize,
+            )
+            results[f"sgd {momentum} {nesterov} {maximize} {state_dtype}"] = digest([*params, *buffers])
+    return results
+
+
+def adam_steps(dtype: torch.dtype) -> dict[str, str]:
+    results = {}
+    for state_dtype in {dtype: None, torch.float32: None}:
+        for decoupled, amsgrad, maximize in ((False, False, False), (True, True, False), (False, True, True)):
+            params, grads, backup = backed_up(dtype)
+            means = tensors(7, state_dtype)
+            squares = [s.abs_() for s in tensors(8, state_dtype)]
+            largest = [s.abs_() for s in tensors(9, state_dtype)] if amsgrad else []
+            steps = [torch.tensor(float(i)) for i in range(len(params))]
+            ops.restore_adam_(
+                params,
+                grads,
+                means,
+                squares,
+                largest,
+                steps,
+                backup,
+                0.01,
+                weight_decay=0.01,
+                decoupled=decoupled,
+                amsgrad=amsgrad,
+                maximize=maximize,
+            )
+            name = f"adam {decoupled} {amsgrad} {maximize} {state_dtype}"
+            results[name] = digest([*params, *means, *squares, *largest, *steps])
+    return results
+
+
+def backed_up(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Perturbed parameters, the gradients there, and the backup."""
+    params, grads = tensors(4, dtype), tensors(5, dtype)
+    backup = ops.backup_like(params).zero_()
+    ops.sam_ascend_(params, grads, backup, scalar(3.0), 0.7)
+    return params, grads, backup
+
+
+def digests() -> dict[str, str]:
+    """Every result by name: norms as their exact value, tensors as a hash of their bytes."""
+    results = {}
+    for dtype in DTYPES:
+        for group in (norms, ascents, sgd_steps, adam_steps):
+            results.update({f"{dtype} {name}": value for name, value in group(dtype).items()})
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps({"isa": torch.ops.flatmin.isa(), "digests": digests()}))

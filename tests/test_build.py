@@ -1,0 +1,105 @@
+"""What is shipped: one library that needs torch 2.10 or later and nothing else, in a wheel for every Python."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import flatmin
+
+LIBRARY = Path(flatmin.__file__).parent / "_C.so"
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def dynamic_section() -> dict[str, list[str]]:
+    """Entries of the library's dynamic section by tag: NEEDED, SONAME, RPATH, RUNPATH, FLAGS ..."""
+    entries: dict[str, list[str]] = {}
+    for tag, value in re.findall(
+        r"^ 0x\w+ \((\w+)\)\s+(.*)$", output("readelf", "--wide", "-d", LIBRARY), re.MULTILINE
+    ):
+        name = re.search(r"\[(.*)\]", value)
+        entries.setdefault(tag, []).append(name.group(1) if name else value)
+    return entries
+
+
+def test_torch_2_10_is_enough_and_nothing_unstable_is_used() -> None:
+    """torch-abi-audit knows which release added each symbol of torch's C interface."""
+    audit = Path(sys.executable).parent / "torch-abi-audit"
+    run = subprocess.run([audit, "--check", "torch", LIBRARY], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"min-torch=2\.10\.0\b", run.stdout), run.stdout
+    assert re.search(r"\bunstable=0\b", run.stdout), run.stdout
+
+
+def test_the_library_asks_for_torch_and_libc_alone() -> None:
+    """libtorch_cpu must be named, since Python loads torch without lending its symbols to others; a CUDA library must
+    not be, since a CPU build of torch has none; and no C++ library, since there is no C++."""
+    needed = dynamic_section()["NEEDED"]
+    assert "libtorch_cpu.so" in needed
+    assert set(needed) <= {"libtorch_cpu.so", "libm.so.6", "libc.so.6"}
+
+
+@pytest.mark.parametrize("tag", ["RPATH", "RUNPATH"])
+def test_the_library_searches_no_folder(tag: str) -> None:
+    """torch is in the process already; a path from the build machine would find another one, or nothing."""
+    section = dynamic_section()
+    assert "NEEDED" in section
+    assert tag not in section
+
+
+def test_the_library_exports_nothing() -> None:
+    """Operators register themselves when it is loaded; an exported name could only collide with another library's."""
+    names = [line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()]
+    assert names == []
+    assert "torch_library_impl" in output("nm", "-D", "--undefined-only", LIBRARY)
+
+
+def test_the_library_needs_no_executable_stack() -> None:
+    """Hardened kernels refuse to load a library that asks for one."""
+    stack = next(line for line in output("readelf", "--wide", "-l", LIBRARY).splitlines() if "GNU_STACK" in line)
+    assert stack.split()[-2] == "RW"
+
+
+def test_no_build_path_is_left_in_the_library() -> None:
+    """Two machines that build the same sources get the same file, and it tells nothing about either."""
+    source = Path(__file__).resolve().parents[1]
+    assert str(source).encode() not in LIBRARY.read_bytes()
+
+
+# ---- the wheel ----
+
+
+def installed() -> importlib.metadata.Distribution:
+    return importlib.metadata.distribution("flatmin")
+
+
+def test_one_wheel_serves_every_python() -> None:
+    """No call into CPython, hence py3-none; machine code, hence a platform."""
+    wheel = installed().read_text("WHEEL")
+    assert wheel is not None
+    tags = re.findall(r"^Tag: (.*)$", wheel, re.MULTILINE)
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert len(tags) == 1
+    assert re.fullmatch(rf"py3-none-(manylinux\w*|{re.escape(platform)})", tags[0])
+    assert "Root-Is-Purelib: false" in wheel
+
+
+def test_the_wheel_holds_what_it_should() -> None:
+    files = {str(f) for f in installed().files or []}
+    assert {"flatmin/__init__.py", "flatmin/_C.so", "flatmin/py.typed", "flatmin/reference.py"} <= files
+    strangers = [f for f in files if not f.startswith(("flatmin/", "flatmin-"))]
+    assert strangers == []
+
+
+def test_the_wheel_asks_for_torch_2_10() -> None:
+    requirements = [r for r in installed().requires or [] if "extra ==" not in r]
+    assert requirements == ["torch>=2.10"]

@@ -1,0 +1,436 @@
+"""Bad input: an exception that names the argument and says what to do, and not one byte written."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import memory
+from flatmin import _lib, ops
+
+Arguments = dict[str, Any]
+
+N = 4  # tensors in each list: the bad one is the last, when the others could have been written already
+SHAPE = (6, 5)
+
+
+def tensors(offset: float = 0.0) -> list[Tensor]:
+    return [torch.arange(30.0).view(SHAPE) + i + offset for i in range(N)]
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def good_norm() -> Arguments:
+    return {"tensors": tensors(), "weights": tensors(), "q": 2.0, "scaling": 1, "eta": 0.01}
+
+
+def good_ties() -> Arguments:
+    return {"tensors": tensors(), "weights": tensors(), "norm": scalar(3.0), "scaling": 1, "eta": 0.01}
+
+
+def good_sam_ascend() -> Arguments:
+    params = tensors()
+    return {
+        "params": params,
+        "grads": tensors(),
+        "backup": ops.backup_like(params).fill_(0xA5),
+        "norm": scalar(3.0),
+        "rho": scalar(0.05),
+        "key": torch.empty(0, dtype=torch.uint64),
+        "q": 2.0,
+        "scaling": 0,
+        "eta": 0.01,
+        "eps": 1e-12,
+    }
+
+
+def good_restore() -> Arguments:
+    params = tensors()
+    return {"params": params, "backup": ops.backup_like(params).fill_(0xA5)}
+
+
+def good_restore_sgd() -> Arguments:
+    return {
+        "params": tensors(),
+        "grads": tensors(),
+        "momentum_buffers": tensors(),
+        "backup": ops.backup_like(tensors()).fill_(0xA5),
+        "lr": scalar(0.1),
+        "momentum": 0.9,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+        "first_step": False,
+    }
+
+
+def good_restore_adam() -> Arguments:
+    return {
+        "params": tensors(),
+        "grads": tensors(),
+        "exp_avgs": tensors(),
+        "exp_avg_sqs": tensors(),
+        "max_exp_avg_sqs": tensors(),
+        "steps": [torch.zeros(()) for _ in range(N)],
+        "backup": ops.backup_like(tensors()).fill_(0xA5),
+        "lr": scalar(0.1),
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "decoupled": False,
+        "amsgrad": True,
+        "maximize": False,
+    }
+
+
+GOOD: dict[str, Callable[[], Arguments]] = {
+    "norm": good_norm,
+    "ties": good_ties,
+    "sam_ascend_": good_sam_ascend,
+    "restore_": good_restore,
+    "restore_sgd_": good_restore_sgd,
+    "restore_adam_": good_restore_adam,
+}
+
+
+def call(op: str, arguments: Arguments) -> Any:
+    return getattr(torch.ops.flatmin, op).default(*arguments.values())
+
+
+def flat(arguments: Arguments) -> list[Tensor]:
+    """Every CPU tensor with memory to compare."""
+    lists = [v if isinstance(v, list) else [v] for v in arguments.values()]
+    every = [t for values in lists for t in values if isinstance(t, Tensor)]
+    return [t for t in every if t.layout == torch.strided and t.device.type == "cpu"]
+
+
+def assert_refused(op: str, arguments: Arguments, *message: str) -> None:
+    """The call raises, its message contains each given part, and every tensor keeps its bytes."""
+    before = [memory(t).clone() for t in flat(arguments)]
+    with pytest.raises(RuntimeError) as caught:
+        call(op, arguments)
+    for part in message:
+        assert part in str(caught.value)
+    assert all(torch.equal(memory(t), old) for t, old in zip(flat(arguments), before, strict=True))
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments_pass(op: str) -> None:
+    """What the rows below spoil is accepted before they do, so each exception is the row's own."""
+    arguments = GOOD[op]()
+    before = [memory(t).clone() for t in flat(arguments)]
+    result = call(op, arguments)
+    changed = any(not torch.equal(memory(t), old) for t, old in zip(flat(arguments), before, strict=True))
+    assert changed if result is None else not changed
+
+
+# ---- one bad element in a list ----
+
+
+@dataclass(frozen=True)
+class BadElement:
+    """What to put for the last tensor of a list, and the advice that the message must give."""
+
+    name: str
+    spoil: Callable[[Tensor], Tensor]
+    advice: str
+
+
+ANY_LIST = [
+    BadElement("sparse", lambda t: t.to_sparse(), "to_dense"),
+    BadElement("sparse_csr", lambda t: t.to_sparse_csr(), "to_dense"),
+    BadElement("complex", lambda t: t.to(torch.complex64), "view_as_real"),
+    BadElement("integer", lambda t: t.to(torch.int32), "convert"),
+    BadElement("boolean", lambda t: t > 3, "convert"),
+]
+BESIDE_PARAMS = [
+    BadElement("shape", lambda t: t.reshape(5, 6), "same sizes"),
+    BadElement("fewer dimensions", lambda t: t.reshape(30), "same sizes"),
+    BadElement("more elements", lambda t: torch.zeros(6, 6), "same sizes"),
+    BadElement("half beside float", lambda t: t.half(), "convert"),
+    BadElement("double beside float", lambda t: t.double(), "convert"),
+]
+WRITTEN = [
+    BadElement("expanded", lambda t: torch.zeros(5).expand(SHAPE), "clone"),
+    BadElement("overlapping", lambda t: torch.zeros(30).as_strided(SHAPE, (1, 1)), "clone"),
+]
+LISTS = {
+    "norm": ["tensors", "weights"],
+    "ties": ["tensors", "weights"],
+    "sam_ascend_": ["params", "grads"],
+    "restore_": ["params"],
+    "restore_sgd_": ["params", "grads", "momentum_buffers"],
+    "restore_adam_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"],
+}
+
+
+def element_rows() -> list[Any]:
+    rows = []
+    for op, names in LISTS.items():
+        for name in names:
+            bad = list(ANY_LIST)
+            if name not in ("params", "tensors"):
+                # a norm multiplies in float64 whatever the types
+                bad += BESIDE_PARAMS[:3] if name == "weights" else BESIDE_PARAMS
+            if name not in ("tensors", "weights", "grads"):
+                bad += WRITTEN
+            rows += [pytest.param(op, name, b, id=f"{op}-{name}-{b.name}") for b in bad]
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(("op", "name", "bad"), element_rows())
+def test_a_bad_element_is_named(op: str, name: str, bad: BadElement) -> None:
+    arguments = GOOD[op]()
+    arguments[name][N - 1] = bad.spoil(arguments[name][N - 1])
+    assert_refused(op, arguments, f"{name}[{N - 1}]", bad.advice)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in LISTS.items() for name in names])
+def test_devices_do_not_mix(op: str, name: str) -> None:
+    """A meta tensor among CPU tensors sends the whole call to the meta implementation: it must refuse as well."""
+    arguments = GOOD[op]()
+    arguments[name][N - 1] = arguments[name][N - 1].to("meta")
+    assert_refused(op, arguments, "device", "call once for each")
+
+
+# ---- lists that do not fit together ----
+
+
+@pytest.mark.parametrize("change", ["one less", "one more", "none"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, names in LISTS.items() for name in names[1:]] + [("restore_adam_", "steps")],
+)
+def test_lengths_must_agree(op: str, name: str, change: str) -> None:
+    arguments = GOOD[op]()
+    values = arguments[name]
+    arguments[name] = {"one less": values[:-1], "one more": [*values, values[0].clone()], "none": []}[change]
+    assert_refused(op, arguments, f"{name} has {len(arguments[name])}", f"has {N}", "one for each")
+
+
+def test_buffers_without_momentum() -> None:
+    arguments = good_restore_sgd()
+    arguments["momentum"] = 0.0
+    assert_refused("restore_sgd_", arguments, "momentum_buffers", "empty list")
+
+
+# ---- memory that two written tensors share ----
+
+#: Two views of 64 numbers that have an element in common.
+SHARED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "same tensor": lambda t: (t, t),
+    "two views of all": lambda t: (t, t.view(8, 8)),
+    "transposed twin": lambda t: (t.view(8, 8), t.view(8, 8).t()),
+    "overlapping slices": lambda t: (t[:30], t[15:45]),
+    "overlapping slices, reversed": lambda t: (t[15:45], t[:30]),
+    "strided inside dense": lambda t: (t, t[1::2]),
+    "strided twins": lambda t: (t[::2], t[::2]),
+    "strided slices": lambda t: (t.view(8, 8)[:6, :5], t.view(8, 8)[2:, :5]),
+}
+
+
+@pytest.mark.parametrize("op", [op for op in LISTS if "params" in LISTS[op]])
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_parameter_given_twice(op: str, shared: str) -> None:
+    """It would be perturbed twice and its second backup would hold the first perturbation."""
+    first, second = SHARED[shared](torch.zeros(64))
+    arguments = GOOD[op]()
+    params = [tensors()[0], first, tensors()[1], second]
+    arguments["params"] = params
+    arguments["backup"] = ops.backup_like(params).fill_(0xA5)
+    for name in ("grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        if name in arguments:
+            arguments[name] = [torch.ones_like(p, memory_format=torch.contiguous_format) for p in params]
+    assert_refused(op, arguments, "params[1]", "params[3]", "share memory", "each tensor once")
+
+
+def test_interleaved_parameters_are_no_overlap() -> None:
+    """x[::2] and x[1::2] share an address range but no element."""
+    t = torch.zeros(60)
+    params = [t[::2], t[1::2]]
+    backup = ops.backup_like(params)
+    norm = torch.ones((), dtype=torch.float64)
+    ops.sam_ascend_(params, [torch.ones(30), -torch.ones(30)], backup, norm, 0.5)
+    assert t[::2].eq(0.5).all() and t[1::2].eq(-0.5).all()
+    ops.restore_(params, backup)
+    assert t.eq(0.0).all()
+
+
+@pytest.mark.parametrize("name", ["momentum_buffers", "backup"])
+def test_state_shared_with_a_parameter(name: str) -> None:
+    arguments = good_restore_sgd()
+    if name == "backup":
+        arguments["params"][1] = arguments["backup"].view(torch.float32)[:30].view(SHAPE)
+    else:
+        arguments[name][2] = arguments["params"][1]
+    assert_refused("restore_sgd_", arguments, name, "params[1]", "share memory")
+
+
+# ---- single tensors ----
+
+BAD_SCALARS: dict[str, Callable[[], Tensor]] = {
+    "float32": lambda: torch.tensor(1.0),
+    "integer": lambda: torch.tensor(1),
+    "two elements": lambda: torch.ones(2, dtype=torch.float64),
+    "no element": lambda: torch.ones(0, dtype=torch.float64),
+}
+SCALARS = [
+    ("ties", "norm"),
+    ("sam_ascend_", "norm"),
+    ("sam_ascend_", "rho"),
+    ("restore_sgd_", "lr"),
+    ("restore_adam_", "lr"),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_SCALARS)
+@pytest.mark.parametrize(("op", "name"), SCALARS)
+def test_scalars_are_float64(op: str, name: str, bad: str) -> None:
+    arguments = GOOD[op]()
+    arguments[name] = BAD_SCALARS[bad]()
+    assert_refused(op, arguments, f"{name} must be a float64 tensor of one element")
+
+
+BAD_BACKUPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "too small": lambda b: b[:-64].clone(),
+    "too large": lambda b: torch.cat([b, b]),
+    "wrong type": lambda b: b.view(torch.int8),
+    "wrong type of the same bytes": lambda b: b.view(torch.float32),
+    "two dimensions": lambda b: b.view(2, -1),
+    "with gaps": lambda b: torch.cat([b, b])[::2],
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BACKUPS)
+@pytest.mark.parametrize("op", [op for op in LISTS if "params" in LISTS[op]])
+def test_backups_fit_the_parameters(op: str, bad: str) -> None:
+    arguments = GOOD[op]()
+    arguments["backup"] = BAD_BACKUPS[bad](arguments["backup"])
+    assert_refused(op, arguments, "backup", f"uint8 tensor of {N * 128} elements", "backup_like(params)")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.uint64),
+        torch.zeros(3, dtype=torch.uint64),
+        torch.zeros((), dtype=torch.uint64),
+        torch.zeros(4, dtype=torch.uint64)[::2],
+    ],
+    ids=["int64", "one word", "three words", "0-dim", "with gaps"],
+)
+def test_keys_are_two_words(key: Tensor) -> None:
+    arguments = good_sam_ascend()
+    arguments["key"] = key
+    assert_refused("sam_ascend_", arguments, "key must be", "uint64", "(seed, step)")
+
+
+@pytest.mark.parametrize(
+    "count",
+    [torch.zeros((), dtype=torch.int64), torch.zeros(2), torch.zeros((), dtype=torch.bfloat16)],
+    ids=["int64", "two elements", "bfloat16"],
+)
+def test_step_counts_are_single_floats(count: Tensor) -> None:
+    arguments = good_restore_adam()
+    arguments["steps"][2] = count
+    assert_refused("restore_adam_", arguments, "steps[2]", "float32 tensor of one element")
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "advice"),
+    [
+        ("norm", "q", 0.5, "1 <= q"),
+        ("norm", "q", math.nan, "1 <= q"),
+        ("norm", "q", -math.inf, "1 <= q"),
+        ("sam_ascend_", "q", 0.999, "1 <= q"),
+        ("norm", "scaling", 4, "big_vision"),
+        ("ties", "scaling", -1, "asam"),
+        ("sam_ascend_", "scaling", 7, "davda54"),
+        ("norm", "eta", -0.1, "not be negative"),
+        ("sam_ascend_", "eta", math.nan, "not be negative"),
+        ("sam_ascend_", "eps", -1e-12, "not be negative"),
+        ("sam_ascend_", "rho", scalar(-0.05), "not be negative"),
+    ],
+)
+def test_numbers_out_of_range(op: str, name: str, value: float | Tensor, advice: str) -> None:
+    arguments = GOOD[op]()
+    arguments[name] = value
+    assert_refused(op, arguments, f"{name}:", "given", advice)
+
+
+@pytest.mark.parametrize("rho", [-0.05, math.nan, math.inf, -1])
+def test_public_ascend_refuses_a_radius(rho: float) -> None:
+    params = tensors()
+    with pytest.raises(ValueError, match=r"rho: .* given, but a radius is finite and not negative"):
+        ops.sam_ascend_(params, tensors(), ops.backup_like(params), scalar(1.0), rho)
+    assert all(torch.equal(p, w) for p, w in zip(params, tensors(), strict=True))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.0, -2.0, math.nan])
+def test_no_norm_below_one(p: float) -> None:
+    with pytest.raises(ValueError, match=r"p: .* given, but a norm needs 1 <= p <= inf"):
+        ops.dual_exponent(p)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.02, 1.5, 2.0, 3.0, math.inf])
+def test_dual_exponents(p: float) -> None:
+    assert 1.0 / p + 1.0 / ops.dual_exponent(p) == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("adaptive", ["ASAM", "", None, 2])
+def test_unknown_conventions(adaptive: Any) -> None:
+    with pytest.raises(ValueError, match=r"adaptive: .* is none of False, True, 'asam', 'davda54', 'big_vision'"):
+        ops.norm(tensors(), tensors(), adaptive=adaptive)
+
+
+# ---- what runs in plain torch ----
+
+
+def test_complex_parameters_warn_once_and_work() -> None:
+    """Without a kernel the operators fall back: same meaning (a complex number is two reals), one warning."""
+    ops._warned.clear()
+    params, grads = [torch.full((3,), 1.0 + 2.0j)], [torch.full((3,), 3.0 - 4.0j)]
+    backup = ops.backup_like(params)
+    with pytest.warns(UserWarning, match="no kernel for complex parameters"):
+        norm = ops.norm(grads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.sam_ascend_(params, grads, backup, norm, 0.5)
+    assert norm.item() == pytest.approx(5.0 * math.sqrt(3.0))
+    torch.testing.assert_close(params[0], torch.full((3,), 1.0 + 2.0j) + 0.5 * grads[0] / norm)
+    ops.restore_(params, backup)
+    assert torch.equal(params[0], torch.full((3,), 1.0 + 2.0j))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "advice"),
+    [(lambda t: t.to_sparse(), "to_dense"), (lambda t: t.to(torch.int32), "floating-point")],
+    ids=["sparse", "integer"],
+)
+def test_the_fallback_refuses_too(spoil: Callable[[Tensor], Tensor], advice: str) -> None:
+    ops._warned.clear()
+    params = [torch.zeros(SHAPE, dtype=torch.complex64), spoil(torch.zeros(SHAPE))]
+    with pytest.warns(UserWarning, match="no kernel"), pytest.raises(RuntimeError, match=advice):
+        ops.norm(params)
+
+
+def test_a_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lib, "_LIBRARY", _lib._LIBRARY.with_name("absent.so"))
+    with pytest.raises(ImportError, match=r"absent\.so is missing.*pip install"):
+        _lib._load()
