@@ -1,0 +1,492 @@
+"""SAM as torch and its trainers see it: state, copies, schedulers, hooks, GradScaler, checkpoints, compiled models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint import state_dict as dcp
+
+from flatmin.sam import SAM
+from helpers import (
+    Batch,
+    backward,
+    batches,
+    closure_of,
+    distance,
+    loss_of,
+    same_bits,
+    small_net,
+    step_closure,
+    step_context,
+    step_davda54,
+    step_halves,
+    train,
+    train_bare,
+    weights,
+)
+
+WAYS = [step_context, step_closure, step_davda54, step_halves]
+
+
+def momentum_sgd(net: nn.Module, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, **options)
+
+
+def sam_net(**options: Any) -> tuple[nn.Module, SAM]:
+    net = small_net()
+    return net, SAM(momentum_sgd(net), rho=0.1, **options)
+
+
+# ---- what the base owns ----
+
+
+def test_the_wrapper_holds_the_objects_of_the_base() -> None:
+    net, opt = sam_net()
+    base = opt.base
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert opt.base_optimizer is base
+    train(net, opt, batches(1))
+    for name in ("param_groups", "state", "defaults"):
+        assert getattr(opt, name) is getattr(base, name)
+    opt.load_state_dict(opt.state_dict())  # replaces the first two on the base
+    for name in ("param_groups", "state", "defaults"):
+        assert getattr(opt, name) is getattr(base, name)
+    opt.state = {}
+    assert base.state == {}
+    assert set(opt.state_dict()) == {"state", "param_groups"}
+
+
+def test_the_class_form_builds_the_base() -> None:
+    net = small_net()
+    opt = SAM(net.parameters(), torch.optim.SGD, rho=0.2, lr=0.1, momentum=0.5)
+    named = SAM(small_net().parameters(), base_optimizer=torch.optim.SGD, rho=0.2, lr=0.1, momentum=0.5)
+    assert type(opt.base) is type(named.base) is torch.optim.SGD
+    group = opt.param_groups[0]
+    assert (group["lr"], group["momentum"], group["sam_rho"]) == (0.1, 0.5, 0.2)
+    assert "SAM(SGD (" in repr(opt)
+    assert "sam_rho: 0.2" in repr(opt)
+
+
+def test_checkpoints_pass_between_sam_and_the_bare_optimizer() -> None:
+    data = batches(6)
+    net, opt = sam_net()
+    train(net, opt, data[:3])
+    bare_net = small_net()
+    bare = momentum_sgd(bare_net)
+    bare.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch does not copy tensors that it loads
+    bare_net.load_state_dict(net.state_dict())
+    assert same_bits([opt.state[p]["momentum_buffer"] for p in net.parameters()],
+                     [bare.state[p]["momentum_buffer"] for p in bare_net.parameters()])  # fmt: skip
+    wrapped = SAM(bare, rho=0.5)  # the checkpoint's radius counts, as it does in load_state_dict
+    assert wrapped.param_groups[0]["sam_rho"] == 0.1
+    assert wrapped.param_groups[0]["sam_step"] == 3
+    train(net, opt, data[3:])
+    train(bare_net, wrapped, data[3:])
+    assert same_bits(net.parameters(), bare_net.parameters())
+
+
+@pytest.mark.parametrize("through", ["wrapper", "base"])
+def test_a_checkpoint_without_our_keys_keeps_the_constructors_values(through: str) -> None:
+    bare_net = small_net()
+    bare = momentum_sgd(bare_net)
+    train_bare(bare_net, bare, batches(2))
+    net, opt = sam_net(interval=2)
+    (opt if through == "wrapper" else opt.base).load_state_dict(bare.state_dict())
+    train(net, opt, batches(2))
+    assert opt.param_groups[0]["sam_rho"] == 0.1
+    assert opt.param_groups[0]["sam_step"] == 2
+
+
+def test_state_dict_is_refused_while_perturbed() -> None:
+    net, opt = sam_net()
+    state = opt.state_dict()
+    backward(net, batches(1)[0])
+    with opt.perturb():
+        with pytest.raises(RuntimeError, match=r"state_dict\(\): the weights are perturbed"):
+            opt.state_dict()
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\): the weights are perturbed"):
+            opt.load_state_dict(state)
+    assert opt.state_dict()["param_groups"] == state["param_groups"]
+
+
+def test_add_param_group_goes_to_the_base() -> None:
+    net, opt = sam_net()
+    data = batches(3)
+    train(net, opt, data)
+    extra = nn.Parameter(torch.zeros(3))
+    opt.add_param_group({"params": [extra], "lr": 0.5, "sam_rho": 0.0})
+    added = opt.base.param_groups[1]
+    assert (added["momentum"], added["sam_rho"], added["sam_step"]) == (0.9, 0.0, 3)
+    for batch in data:
+        opt.zero_grad()
+        (loss_of(net, batch) + extra.sum()).backward()
+        with opt.perturb():
+            assert not extra.any() or opt.param_groups[1]["sam_step"] > 3
+            (loss_of(net, batch) + extra.sum()).backward()
+        opt.step()
+    assert extra[0].item() == pytest.approx(-0.5 * (1 + 1.9 + 2.71))
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        opt.add_param_group({"params": [extra]})
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_train_on_as_the_original(how: str, perturbed: bool) -> None:
+    net, opt = sam_net()
+    data = batches(6)
+    torch.optim.lr_scheduler.StepLR(opt, 1)  # patches step onto the instance: not picklable
+    train(net, opt, data[:3])
+    if perturbed:
+        opt.zero_grad()
+        backward(net, data[3])
+        opt.ascend()
+    pair = (net, opt)
+    other_net, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert "step" not in vars(other)
+    assert other.param_groups is other.base.param_groups
+    if perturbed:
+        assert same_bits(net.parameters(), other_net.parameters())
+        opt.restore()
+        other.restore()
+    assert same_bits(net.parameters(), other_net.parameters())
+    original = weights(net)
+    train(other_net, other, data[3:])
+    assert same_bits(net.parameters(), original)
+    train(net, opt, data[3:])
+    assert same_bits(net.parameters(), other_net.parameters())
+
+
+# ---- schedulers, hooks ----
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("target", ["wrapper", "base"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_schedulers_take_either_and_warn_of_nothing(way: Callable[..., None], target: str) -> None:
+    net, opt = sam_net()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt if target == "wrapper" else opt.base, 0.5)
+    for n, batch in enumerate(batches(3)):
+        way(net, opt, batch)
+        scheduler.step()
+        assert opt.param_groups[0]["lr"] == opt.base.param_groups[0]["lr"] == 0.1 * 0.5 ** (n + 1)
+    plain, bare = small_net(), None
+    bare = SAM(momentum_sgd(plain), rho=0.1)
+    for n, batch in enumerate(batches(3)):
+        bare.param_groups[0]["lr"] = 0.1 * 0.5**n
+        way(plain, bare, batch)
+    assert same_bits(net.parameters(), plain.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_may_drive_the_radius() -> None:
+    net, opt = sam_net()
+    seen = []
+    for n, batch in enumerate(batches(3)):
+        opt.param_groups[0]["sam_rho"] = 0.1 * n
+        backward(net, batch)
+        before = weights(net)
+        with opt.perturb():
+            moved = [w - v for w, v in zip(weights(net), before, strict=True)]
+        seen.append(float(torch.linalg.vector_norm(torch.cat([e.flatten() for e in moved]))))
+        opt.zero_grad()
+    assert seen == pytest.approx([0.0, 0.1, 0.2], rel=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_step_hooks_fire_on_both_base_first(way: Callable[..., None]) -> None:
+    net, opt = sam_net()
+    log: list[str] = []
+    opt.register_step_pre_hook(lambda *_: log.append("pre wrapper"))
+    opt.base.register_step_pre_hook(lambda *_: log.append("pre base"))
+    opt.base.register_step_post_hook(lambda *_: log.append("post base"))
+    opt.register_step_post_hook(lambda *_: log.append("post wrapper"))
+    way(net, opt, batches(1)[0])
+    assert log == ["pre wrapper", "pre base", "post base", "post wrapper"]
+
+
+def test_checkpoint_hooks_fire_on_both() -> None:
+    _, opt = sam_net()
+    log: list[str] = []
+    for name, target in (("wrapper", opt), ("base", opt.base)):
+        target.register_state_dict_pre_hook(lambda _, n=name: log.append(f"save {n}"))
+        target.register_state_dict_post_hook(lambda _, state, n=name: state | {n: True})
+        target.register_load_state_dict_pre_hook(lambda _, state, n=name: log.append(f"load {n}"))
+        target.register_load_state_dict_post_hook(lambda _, n=name: log.append(f"loaded {n}"))
+    state = opt.state_dict()
+    assert state["wrapper"] and state["base"]
+    opt.load_state_dict(state)
+    assert log == ["save wrapper", "save base", "load wrapper", "load base", "loaded base", "loaded wrapper"]
+
+
+# ---- mixed precision ----
+
+
+def scaled_step(
+    net: nn.Module, opt: SAM, batch: Batch, scaler: torch.amp.GradScaler, poison: str, restore: bool
+) -> None:
+    """A step with GradScaler, with an infinite gradient in one of the passes, restored before scaler.step or not."""
+    opt.zero_grad()
+    scaler.scale(loss_of(net, batch)).backward()
+    if poison == "first":
+        next(net.parameters()).grad.view(-1)[0] = torch.inf
+    opt.ascend()
+    opt.zero_grad()
+    scaler.scale(loss_of(net, batch)).backward()
+    if poison == "second":
+        next(net.parameters()).grad.view(-1)[0] = torch.inf
+    if restore:
+        opt.restore()
+    scaler.step(opt)
+    scaler.update()
+
+
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("fused_base", [True, False])
+@pytest.mark.parametrize("poison", ["none", "first", "second"])
+def test_grad_scaler(poison: str, fused_base: bool, restore: bool) -> None:
+    net, data = small_net(), batches(3)
+    opt = SAM(momentum_sgd(net, fused=fused_base), rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    assert opt._step_supports_amp_scaling == fused_base
+    before = weights(net)
+    scaled_step(net, opt, data[0], scaler, poison, restore)
+    assert not hasattr(opt, "grad_scale")
+    assert not hasattr(opt, "found_inf")
+    if poison == "second":
+        assert same_bits(net.parameters(), before)
+        assert scaler.get_scale() == 512.0
+        return
+    plain = small_net()
+    bare = SAM(momentum_sgd(plain, fused=fused_base), rho=0.1 if poison == "none" else 0.0)
+    train(plain, bare, data[:1])
+    assert scaler.get_scale() == 1024.0
+    # a power of two scales exactly; the fused kernels of torch unscale in another place, which rounds differently
+    assert distance(weights(net), weights(plain)) <= (1e-7 if fused_base else 0.0)
+
+
+@pytest.mark.parametrize("fused_base", [True, False])
+def test_only_a_base_that_scales_is_given_the_scale(fused_base: bool) -> None:
+    net = small_net()
+    opt = SAM(momentum_sgd(net, fused=fused_base), rho=0.1)
+    seen = []
+    opt.base.register_step_pre_hook(lambda base, *_: seen.append(float(getattr(base, "grad_scale", 0.0))))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(net, opt, batches(1)[0], scaler, poison="none", restore=False)
+    assert seen == [1024.0 if fused_base else 0.0]
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**16])
+def test_the_ascent_does_not_see_the_loss_scale(scale: float) -> None:
+    results = []
+    for factor in (1.0, scale):
+        net = small_net()
+        opt = SAM(momentum_sgd(net), rho=0.1, eps=0.0)
+        (factor * loss_of(net, batches(1)[0])).backward()
+        opt.ascend()
+        results.append(weights(net))
+    assert same_bits(*results)
+
+
+def test_unscale_and_clip_after_the_second_pass() -> None:
+    results = []
+    for scale in (1.0, 1024.0):
+        net = small_net()
+        opt = SAM(momentum_sgd(net), rho=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for batch in batches(4):
+            opt.zero_grad()
+            scaler.scale(loss_of(net, batch)).backward()
+            with opt.perturb():
+                scaler.scale(loss_of(net, batch)).backward()
+            scaler.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(opt)
+            scaler.update()
+        results.append(weights(net))
+    assert distance(*results) < 1e-6
+    assert distance(results[0], weights(small_net())) < 4 * 0.1 * 0.1 * 3.5  # four clipped steps with momentum 0.9
+
+
+def test_backward_with_a_scaler() -> None:
+    net, batch = small_net(), batches(1)[0]
+    opt = SAM(momentum_sgd(net), rho=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = opt.backward(lambda: loss_of(net, batch), scaler=scaler)
+    scaler.step(opt)
+    plain = small_net()
+    train(plain, SAM(momentum_sgd(plain), rho=0.1), [batch])
+    assert loss.item() == loss_of(small_net(), batch).item()
+    assert same_bits(net.parameters(), plain.parameters())
+
+
+def test_one_autocast_block_around_both_passes() -> None:
+    """autocast keeps 16-bit copies of the weights until its outermost block ends: those of ``w`` are wrong at
+    ``w + e``, and those of ``w + e`` are wrong afterwards."""
+
+    def mixed() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    results = []
+    for outermost in (mixed, contextlib.nullcontext):
+        net, batch = small_net(), batches(1)[0]
+        opt = SAM(momentum_sgd(net), rho=0.5)
+        with outermost():
+            with mixed():
+                backward(net, batch)
+            with opt.perturb(), mixed():
+                backward(net, batch)
+            with mixed():
+                after = loss_of(net, batch).detach()
+        results.append([after, *(p.grad for p in net.parameters())])
+    assert same_bits(*results)
+
+
+# ---- trainers ----
+
+
+def test_accelerates_call_pattern() -> None:
+    """Accelerate loads the optimizer's own state in its constructor and steps through the scaler."""
+    net, opt = sam_net()
+    opt.load_state_dict(opt.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for batch in batches(3):
+        scaler.scale(loss_of(net, batch)).backward()
+        with opt.perturb():
+            scaler.scale(loss_of(net, batch)).backward()
+        scaler.step(opt, None)
+        scaler.update()
+        opt.zero_grad()
+    plain, bare = sam_net()
+    train(plain, bare, batches(3))
+    assert same_bits(net.parameters(), plain.parameters())
+
+
+class TrainerOptimizer:
+    """As Lightning wraps: an instance that turns into a subclass of the optimizer's class and forwards the rest."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__class__ = type("Trainer" + type(optimizer).__name__, (type(self), type(optimizer)), {})
+        self._optimizer = optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return self._optimizer.step(closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_a_dynamic_subclass_that_forwards(way: Callable[..., None]) -> None:
+    net, opt = sam_net()
+    outer = TrainerOptimizer(opt)
+    assert isinstance(outer, SAM)
+    assert outer.param_groups is opt.param_groups
+    train(net, outer, batches(3), way)
+    backward(net, batches(1)[0])
+    outer.ascend()
+    with pytest.raises(RuntimeError, match="the weights are perturbed"):
+        opt.state_dict()
+    opt.restore()
+    plain, bare = sam_net()
+    train(plain, bare, batches(3), way)
+    assert same_bits(net.parameters(), plain.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda c: c.__name__)
+def test_distributed_checkpoint_gets_and_sets_the_state(cls: type[torch.optim.Optimizer]) -> None:
+    def new() -> tuple[nn.Module, SAM]:
+        net = small_net()
+        return net, SAM(cls(net.parameters(), lr=0.01), rho=0.1, interval=2)
+
+    data = batches(6)
+    net, opt = new()
+    train(net, opt, data[:3])
+    opt.zero_grad()
+    state = dcp.get_optimizer_state_dict(net, opt)
+    assert dcp.get_optimizer_state_dict(net, opt)["param_groups"][0]["sam_step"] == 3  # saving counts no step
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    other_net, other = new()
+    other_net.load_state_dict(net.state_dict())
+    dcp.set_optimizer_state_dict(other_net, other, torch.load(buffer, weights_only=True))
+    assert other.param_groups[0]["sam_step"] == 3
+    train(net, opt, data[3:])
+    train(other_net, other, data[3:])
+    assert same_bits(net.parameters(), other_net.parameters())
+
+
+def test_no_gradient_at_all_is_a_legal_step() -> None:
+    net, opt = sam_net()
+    before = weights(net)
+    assert opt.step() is None
+    assert opt.step(closure=None) is None
+    assert same_bits(net.parameters(), before)
+
+
+def test_a_step_that_was_patched_on_the_instance_is_called() -> None:
+    """davda54-style loops call second_step; a scheduler's wrapper of step must still see it."""
+    net, opt = sam_net()
+    calls = []
+    inner = opt.step
+    opt.step = lambda closure=None: calls.append(closure) or inner(closure)
+    step_davda54(net, opt, batches(1)[0])
+    assert calls == [None]
+
+
+# ---- compiled models, inference ----
+
+
+def test_a_compiled_model_sees_the_moved_weights() -> None:
+    net, plain = small_net(), small_net()
+    opt, bare = SAM(momentum_sgd(net), rho=0.5), SAM(momentum_sgd(plain), rho=0.5)
+    torch._dynamo.reset()
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=frames)
+    for batch in batches(3):
+        step_context(compiled, opt, batch)
+        step_context(plain, bare, batch)
+    assert frames.frame_count == 1
+    assert distance(weights(net), weights(plain)) < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_recurrent_weights_keep_their_one_block(way: Callable[..., None]) -> None:
+    """RNNs flatten their weights into one block and warn, or go wrong on a GPU, once storage is swapped."""
+    torch.manual_seed(0)
+    rnn = nn.LSTM(3, 4)
+    x = torch.randn(5, 2, 3)
+    opt = SAM(momentum_sgd(rnn), rho=0.1)
+    addresses = [p.data_ptr() for p in rnn.parameters()]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = rnn
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.rnn(inputs)[0][-1, :, :3]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        way(Net(), opt, (x, torch.tensor([0, 2])))
+    assert [p.data_ptr() for p in rnn.parameters()] == addresses
+
+
+def test_a_closure_that_was_given_by_position_or_by_name() -> None:
+    net, opt = sam_net()
+    batch = batches(1)[0]
+    a = opt.step(closure_of(net, opt, batch))
+    b = opt.step(closure=closure_of(net, opt, batch))
+    assert b.item() < a.item()
