@@ -1,0 +1,183 @@
+"""What sam_step.py compares: builders of one SAM step for flatmin and its peers, and the machine's own limits."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import flatmin
+from flatmin import ops
+
+Step = Callable[[], object]
+Builder = Callable[[list[Tensor]], Step]
+
+RHO, LR, MOMENTUM, EPS = 0.05, 1e-4, 0.9, 1e-12
+GROUP = 64  # limits.c takes this many elements at a time
+
+FLATMIN, TEXTBOOK, COMPILED = "flatmin.SAM", "textbook eager SAM", "torch.compile'd SAM"
+PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
+LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
+READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": True}
+
+
+# ---- builders: each makes one step of its kind over parameters that carry a gradient ----
+
+
+def _base(params: list[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM)
+
+
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def flatmin_fused(params: list[Tensor]) -> Step:
+    """As a user has it: restore and SGD step in one pass."""
+    optimizer = flatmin.SAM(_base(params), rho=RHO)
+
+    def step() -> None:
+        optimizer.ascend()
+        optimizer.step()
+
+    return step
+
+
+def flatmin_plain(params: list[Tensor]) -> Step:
+    """What every base optimizer without a fused form gets."""
+    base = _base(params)
+    optimizer = flatmin.SAM(base, rho=RHO)
+
+    def step() -> None:
+        optimizer.ascend()
+        optimizer.restore()
+        base.step()
+
+    return step
+
+
+def flatmin_ops(params: list[Tensor]) -> Step:
+    """The operators alone: the difference from ``flatmin_fused`` is the optimizer's own Python."""
+    grads, buffers = _grads(params), [torch.zeros_like(p) for p in params]
+    backup = ops.backup_like(params)
+
+    def step() -> None:
+        ops.sam_ascend_(params, grads, backup, ops.norm(grads), RHO, eps=EPS)
+        ops.restore_sgd_(params, grads, buffers, backup, LR, momentum=MOMENTUM)
+
+    return step
+
+
+def textbook(params: list[Tensor]) -> Step:
+    """Tensor by tensor, as the widespread SAM classes do it, and ``torch.optim.SGD`` with its defaults."""
+    base = _base(params)
+
+    @torch.no_grad()
+    def step() -> None:
+        grads = _grads(params)
+        scale = RHO / (torch.stack([g.norm() for g in grads]).norm() + EPS)
+        old = [p.clone() for p in params]
+        for p, g in zip(params, grads, strict=True):
+            p.add_(g * scale)
+        for p, o in zip(params, old, strict=True):
+            p.copy_(o)
+        base.step()
+
+    return step
+
+
+def peer(params: list[Tensor], foreach: bool) -> Step:
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(params, torch.optim.SGD, rho=RHO, foreach=foreach, lr=LR, momentum=MOMENTUM)
+
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def compiled_ascend(params: list[Tensor], grads: list[Tensor], old: list[Tensor]) -> None:
+    scale = RHO / (torch.stack([g.norm() for g in grads]).norm() + EPS)
+    for p, g, o in zip(params, grads, old, strict=True):
+        o.copy_(p)
+        p.add_(g * scale)
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def compiled_descend(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], old: list[Tensor]) -> None:
+    for p, g, b, o in zip(params, grads, buffers, old, strict=True):
+        b.mul_(MOMENTUM).add_(g)
+        p.copy_(o - LR * b)
+
+
+def compiled(params: list[Tensor]) -> Step:
+    """Two graphs, as a backward lies between, over a backup that is kept: fresh memory would cost page faults."""
+    weights, grads = [p.detach() for p in params], _grads(params)
+    buffers, old = [torch.zeros_like(w) for w in weights], [torch.empty_like(w) for w in weights]
+
+    @torch.no_grad()
+    def step() -> None:
+        compiled_ascend(weights, grads, old)
+        compiled_descend(weights, grads, buffers, old)
+
+    return step
+
+
+def builders(with_compile: bool) -> dict[str, Builder]:
+    """The rows by name, flatmin first."""
+    rows: dict[str, Builder] = {
+        FLATMIN: flatmin_fused,
+        "flatmin.SAM, plain base step": flatmin_plain,
+        "flatmin.ops": flatmin_ops,
+        TEXTBOOK: textbook,
+    }
+    if importlib.util.find_spec("pytorch_optimizer"):
+        rows |= {name: functools.partial(peer, foreach=foreach) for name, foreach in PEERS.items()}
+    if with_compile:
+        rows[COMPILED] = compiled
+    return rows
+
+
+# ---- the machine's limits ----
+
+
+def compile_limits(folder: Path) -> ctypes.CDLL | None:
+    """limits.c as a library, or None without a C compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    source, library = Path(__file__).with_name("limits.c"), folder / "limits.so"
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def limit_steps(library: ctypes.CDLL, elements: int, threads: int) -> dict[str, Step]:
+    """The limit rows by name, over four flat arrays of ``elements`` each."""
+    count = math.ceil(elements / GROUP) * GROUP
+    p, g, buf, old = (torch.rand(count) for _ in range(4))
+    size, team = ctypes.c_int64(count), ctypes.c_int(threads)
+
+    def call(name: str, arrays: tuple[Tensor, ...], *flags: ctypes.c_bool) -> Step:
+        function = getattr(library, name)
+
+        def step() -> None:
+            function(*(ctypes.c_void_p(array.data_ptr()) for array in arrays), size, *flags, team)
+
+        return step
+
+    steps = {READ: call("limit_read", (g,))}
+    steps |= {name: call("limit_copy", (old, g), ctypes.c_bool(on)) for name, on in COPIES.items()}
+    return steps | {name: call("limit_step", (p, g, buf, old), ctypes.c_bool(on)) for name, on in LIMITS.items()}

@@ -1,0 +1,288 @@
+"""The time and memory of one SAM step: flatmin beside its peers and beside what the machine allows.
+
+    python benchmarks/sam_step.py                                        # every shape set
+    python benchmarks/sam_step.py --shapes resnet50 --rounds 50 --json resnet50.json
+    python benchmarks/sam_step.py --quick                                # seconds: does it run?
+
+One step is the norm of the gradients, the perturbation, the restore and SGD with momentum 0.9; the same gradients stand
+in for those of the second backward. Before anything is timed, the rows must agree on the weights after two steps. Every
+round times each row once, in shuffled order, so that a slow second hits all rows; the table gives medians over rounds.
+Use an idle machine: a core that is busy elsewhere delays every barrier, up to a time slice of the scheduler (4 ms), and
+the rows with several barriers per tensor slow down tenfold where flatmin, with three per step, hardly does.
+
+How to read the table: ``ratio`` is a row's time over that of the first row, ``flatmin.SAM``. ``GB/s`` is what a step
+has to move (10 streams of 4 bytes per parameter) over its time, whatever the row really moved. ``extra`` is the peak of
+what torch allocated beyond parameters, gradients and momentum, in copies of the parameters; SAM needs one. The
+``limit`` rows move the 10 streams over flat arrays in C (limits.c); the faster of the two is the machine's limit, and
+``read`` and ``copy`` give the bandwidth of 1 and 2 streams. Rows whose package is not installed are left out, and so
+are the limits without a C compiler (``CC``, else ``cc``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from rows import (
+    COMPILED,
+    COPIES,
+    FLATMIN,
+    LIMITS,
+    PEERS,
+    READ,
+    TEXTBOOK,
+    Builder,
+    Step,
+    builders,
+    compile_limits,
+    limit_steps,
+)
+from shapes import SHAPE_SETS, Shape
+
+STREAMS, ITEMSIZE = 10, 4
+SETTLE_SECONDS = 0.01  # an OpenMP thread without work spins for 5 to 7 ms before it sleeps (measured, GNU OpenMP)
+BUSY_LOAD = 0.5  # runnable processes, mean of the last minute: above it the medians are not to be quoted
+WARM_UP_STEPS = 2  # the first makes the momentum buffers, the second runs as all later ones do
+
+# Shape set -> the rows that flatmin is held against -> (times as fast as the fastest of them, at least; goal).
+SPEED_TARGETS: dict[str, list[tuple[Sequence[str], float, float]]] = {
+    "efficientnet_b0": [((TEXTBOOK,), 4.5, 5.0), (tuple(PEERS), 3.3, 3.5), ((COMPILED,), 5.0, 5.0)],
+    "resnet50": [((TEXTBOOK,), 4.8, 5.0), (tuple(PEERS), 3.3, 3.5), ((COMPILED,), 3.0, 3.0)],
+    "matrices": [((TEXTBOOK,), 6.0, 7.0), (tuple(PEERS), 4.3, 4.7), ((COMPILED,), 4.5, 4.5)],
+}
+LIMIT_TARGETS = {"efficientnet_b0": 1.25, "resnet50": 1.15, "matrices": 1.10}  # at most this many times the limit
+OVERHEAD_TARGET_MS = 0.4
+EXTRA_COPIES_TARGET = 1.05  # one copy; the rest is alignment and scalars
+
+
+# ---- measuring ----
+
+
+def parameters(shapes: Sequence[Shape], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters with the same values on every call. All rows read one set of gradients, none writes them."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return params
+
+
+def check_agreement(weights: dict[str, list[Tensor]]) -> None:
+    """RuntimeError unless every row has the textbook's weights: only equal work is compared."""
+    for name, params in weights.items():
+        for p, expected in zip(params, weights[TEXTBOOK], strict=True):
+            if not torch.allclose(p, expected, rtol=1e-5, atol=1e-6):
+                raise RuntimeError(f"{name} and {TEXTBOOK} disagree on the weights of shape {tuple(p.shape)}")
+
+
+def milliseconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def settle(step: Step) -> None:
+    until = time.perf_counter() + SETTLE_SECONDS
+    step()
+    while time.perf_counter() < until:
+        step()
+
+
+def interleaved(steps: dict[str, Step], rounds: int, label: str) -> dict[str, list[float]]:
+    """Times in ms by row, one per round, in an order that is shuffled: a row can gain or lose by the one before.
+
+    Each row first runs untimed. That wakes its own OpenMP threads, which a backward keeps awake in training, and lets
+    those of the row before go to sleep: torch's OpenMP runtime is another than that of limits.c and torch.compile.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffled = list(steps), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in tqdm(range(rounds), desc=label, unit="round"):
+            shuffled.shuffle(order)
+            for name in order:
+                settle(steps[name])
+                times[name].append(milliseconds(steps[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def _allocations(trace: Path) -> Iterator[tuple[int, int]]:
+    """(size, total after it) of each allocation (size > 0) and release in a profiler's trace, in order of time."""
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    for event in sorted(events, key=lambda e: e["args"]["Ev Idx"]):
+        yield event["args"]["Bytes"], event["args"]["Total Allocated"]
+
+
+def extra_bytes(build: Builder, shapes: Sequence[Shape], grads: Sequence[Tensor], folder: Path) -> int:
+    """Peak of what a row allocates in two steps, beyond its parameters and their momentum."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = build(parameters(shapes, grads))
+        for _ in range(WARM_UP_STEPS):
+            step()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    allocations = list(_allocations(trace))
+    size, total = allocations[0]
+    peak = max(after for _, after in allocations) - (total - size)
+    return peak - 2 * sum(g.nbytes for g in grads)
+
+
+def measure(name: str, rounds: int, with_compile: bool, library: ctypes.CDLL | None, folder: Path) -> dict[str, Any]:
+    """Everything about one shape set, as it goes into the JSON."""
+    shapes = SHAPE_SETS[name]()
+    elements = sum(math.prod(shape) for shape in shapes)
+    generator = torch.Generator().manual_seed(1)
+    grads = [1e-2 * torch.randn(shape, generator=generator) for shape in shapes]
+    torch.compiler.reset()
+    rows = builders(with_compile)
+    weights = {row: parameters(shapes, grads) for row in rows}
+    steps = {row: build(weights[row]) for row, build in rows.items()}
+    warm_up = {row: sum(milliseconds(step) for _ in range(WARM_UP_STEPS)) for row, step in steps.items()}
+    check_agreement(weights)
+    if library is not None:
+        steps |= limit_steps(library, elements, torch.get_num_threads())
+    times = interleaved(steps, rounds, name)
+    del steps, weights
+    extra = {row: extra_bytes(build, shapes, grads, folder) / (ITEMSIZE * elements) for row, build in rows.items()}
+    return {
+        "tensors": len(shapes),
+        "parameters": elements,
+        "compile_seconds": warm_up[COMPILED] / 1e3 if COMPILED in rows else None,
+        "rows": {row: _summary(row, times, elements, extra.get(row)) for row in times},
+        "targets": list(_targets(name, {row: statistics.median(t) for row, t in times.items()}, extra)),
+    }
+
+
+def _summary(row: str, times: dict[str, list[float]], elements: int, extra: float | None) -> dict[str, Any]:
+    median = statistics.median(times[row])
+    streams = 1 if row == READ else 2 if row in COPIES else STREAMS
+    quartiles = statistics.quantiles(times[row], n=4) if len(times[row]) > 1 else [median] * 3
+    return {
+        "median_ms": median,
+        "quartiles_ms": [quartiles[0], quartiles[2]],
+        "ratio": median / statistics.median(times[FLATMIN]),
+        "gb_per_s": streams * ITEMSIZE * elements / median / 1e6,
+        "extra_copies": extra,
+    }
+
+
+# ---- targets and output ----
+
+
+def _targets(name: str, median: dict[str, float], extra: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """What the project set itself, for the rows that ran."""
+    for rivals, required, goal in SPEED_TARGETS.get(name, []):
+        present = [row for row in rivals if row in median]
+        if present:
+            best = min(present, key=median.__getitem__)
+            speed = median[best] / median[FLATMIN]
+            yield _target(f"times as fast as {best}", speed, required, speed >= required, goal)
+    limits = [median[row] for row in LIMITS if row in median]
+    if limits and name in LIMIT_TARGETS:
+        over = median[FLATMIN] / min(limits)
+        yield _target("time over the limit", over, LIMIT_TARGETS[name], over <= LIMIT_TARGETS[name])
+    if name == "overhead":
+        spent = median[FLATMIN]
+        yield _target("ms for a step of 1-element tensors", spent, OVERHEAD_TARGET_MS, spent <= OVERHEAD_TARGET_MS)
+    else:
+        copies = extra[FLATMIN]
+        yield _target("extra copies of the parameters", copies, EXTRA_COPIES_TARGET, copies <= EXTRA_COPIES_TARGET)
+
+
+def _target(what: str, measured: float, required: float, met: bool, goal: float | None = None) -> dict[str, Any]:
+    return {"what": what, "measured": measured, "required": required, "goal": goal or required, "met": met}
+
+
+def print_report(name: str, result: dict[str, Any]) -> None:
+    print(f"\n{name}: {result['tensors']} tensors, {result['parameters']:,} parameters")
+    print(f"  {'row':34} {'ms':>9} {'ratio':>7} {'GB/s':>7} {'extra':>7}")
+    for row, values in result["rows"].items():
+        extra = "" if values["extra_copies"] is None else f"{values['extra_copies']:7.2f}"
+        print(f"  {row:34} {values['median_ms']:9.3f} {values['ratio']:7.2f} {values['gb_per_s']:7.1f} {extra}")
+    if result["compile_seconds"] is not None:
+        print(f"  torch.compile took {result['compile_seconds']:.0f} s, not in its row")
+    for target in result["targets"]:
+        verdict = "met" if target["met"] else "NOT met"
+        print(f"  {target['what']}: {target['measured']:.2f} (required {target['required']:.2f}): {verdict}")
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(threads: int, rounds: int) -> dict[str, Any]:
+    has_peer = importlib.util.find_spec("pytorch_optimizer") is not None
+    return {
+        "cpu": cpu_model(),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "pytorch_optimizer": importlib.metadata.version("pytorch-optimizer") if has_peer else None,
+    }
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time one SAM step of flatmin and of its peers, side by side.")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPE_SETS), default=list(SHAPE_SETS), metavar="SET")
+    parser.add_argument("--rounds", type=int, default=30, help="steps per row, at least 1 (default 30)")
+    parser.add_argument("--threads", type=int, default=2, help="for every row (default 2)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured here")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser.add_argument("--quick", action="store_true", help="MNIST only, 3 rounds, no torch.compile")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.rounds, args.no_compile = ["mnist"], 3, True
+    if args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise prints two lines on stderr for every row
+    report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "shapes": {}}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    if report["environment"]["load"] > BUSY_LOAD:
+        print("note: this machine is busy (load); repeat on an idle one before quoting a number")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
+        library = compile_limits(Path(folder))
+        for name in args.shapes:
+            moves_data = name != "overhead"  # which is about calls alone: no bandwidth to reach, no loops to fuse
+            with_compile, limits = moves_data and not args.no_compile, library if moves_data else None
+            report["shapes"][name] = measure(name, args.rounds, with_compile, limits, Path(folder))
+            print_report(name, report["shapes"][name])
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
