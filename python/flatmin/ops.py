@@ -8,8 +8,8 @@ devices run in plain torch (:mod:`flatmin.reference`), slower and with one warni
 Types: parameters float32, float64, bfloat16 or float16, mixed freely; gradients of the parameter's type or float32,
 optimizer state of the parameter's type or float32. Arithmetic is float32 (float64 for float64), sums are float64.
 Any strides, though what is written must not overlap; a gradient whose strides differ from its parameter's takes a
-slower path to the same result. Bad input raises ``RuntimeError`` (``ValueError`` for options) that names the argument, before anything is
-written.
+slower path to the same result. Bad input raises ``RuntimeError`` (``ValueError`` for options) that names the argument,
+before anything is written.
 
 A minimal step::
 
