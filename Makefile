@@ -17,9 +17,9 @@ DATA ?=
 EPOCHS ?= 3
 ARGS ?=
 BIN := $(abspath $(VENV))/bin
-SOURCES := $(wildcard csrc/*.c csrc/*.h python/flatmin/*.py) python/flatmin/py.typed \
+SOURCES := $(wildcard csrc/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh python/flatmin/*.py) python/flatmin/py.typed \
            CMakeLists.txt setup.py pyproject.toml README.md LICENSE
-C_FILES := $(wildcard csrc/*.c csrc/*.h tests/c/*.c tests/c/*.h tests/c/*.cpp benchmarks/*.c)
+C_FILES := $(wildcard csrc/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp benchmarks/*.c)
 
 .PHONY: mnist test ctest pytest lint bench wheel clean
 
@@ -70,8 +70,8 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
-	for file in $(filter-out csrc/torch_stub.c,$(wildcard csrc/*.c tests/c/*.c)); do \
-	  $(BIN)/clang-tidy --quiet $$file -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels -DFM_ISA_NUMBER=1 -Icsrc || exit 1; \
+	for file in $(filter-out csrc/torch_stub.c,$(wildcard csrc/*.c cuda/*.c tests/c/*.c)); do \
+	  $(BIN)/clang-tidy --quiet $$file -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=1 -Icsrc -Icuda || exit 1; \
 	done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

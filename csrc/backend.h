@@ -20,6 +20,7 @@ typedef struct fm_backend {
   const char *dispatch_keys[4];
   bool defines_operators; /* the library that owns the namespace: the CPU's, which is always loaded */
   int32_t (*device_type)(void);
+  int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for */
   int (*isa)(void);
   /* Runs an operator whose arguments are checked. `scalars` and `result` (reductions) lie on the device. */
   bool (*run)(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
@@ -27,5 +28,10 @@ typedef struct fm_backend {
 } fm_backend;
 
 extern const fm_backend fm_this_backend;
+
+/* The torch namespace of the operators. The emulator's build has another one, to stand beside the CPU's. */
+#ifndef FM_NAMESPACE
+#define FM_NAMESPACE "flatmin"
+#endif
 
 #endif

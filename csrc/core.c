@@ -3,16 +3,6 @@
 
 #include <unistd.h>
 
-int64_t fm_list_plan(fm_list *list) {
-  int64_t chunks = 0;
-  for (int64_t r = 0; r < list->count; r++) {
-    list->first_chunk[r] = chunks;
-    chunks += (list->rows[r].operand[0].numel + FM_CHUNK - 1) / FM_CHUNK;
-  }
-  list->first_chunk[list->count] = chunks;
-  return chunks;
-}
-
 /* A store past the caches saves reading the line that it overwrites, but the next pass must fetch what it wrote from
  * memory. It pays once the four arrays of a step (weights, gradients, backup, momentum) exceed the last-level cache. A
  * virtual machine is told the whole socket's cache while its neighbours use it too: on such a one with 480 MiB on

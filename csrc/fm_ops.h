@@ -15,7 +15,7 @@
 enum {
   FM_CHUNK = 4096,   /* elements of one partial result */
   FM_LANES = 128,    /* running sums inside a chunk: element i adds to lane i % 128, then lanes fold in halves */
-  FM_BLOCK = 1024,   /* elements that pass through a kernel's buffers at a time: 4 or 8 KiB each, within L1 */
+  FM_BLOCK = 128,    /* elements that pass through a kernel's buffers at a time: short, so that streams interleave */
   FM_GRAIN = 16,     /* chunks below which a list is not split over threads: about 10 us of work */
   FM_MAX_DIMS = 16,  /* dimensions that remain after merging adjacent ones */
   FM_ALIGNMENT = 64, /* of each tensor in a backup, in bytes */
@@ -86,8 +86,15 @@ typedef struct fm_kernels {
 /* The table in use: the best that the processor runs, or what the environment variable FM_ISA (base, v3, v4) names. */
 extern const fm_kernels *fm_active_kernels;
 
-/* Number of chunks; fills list->first_chunk. */
-int64_t fm_list_plan(fm_list *list);
+/* Fills list->first_chunk; the number of chunks is its last entry. */
+static inline void fm_list_plan(fm_list *list) {
+  int64_t chunks = 0;
+  for (int64_t r = 0; r < list->count; r++) {
+    list->first_chunk[r] = chunks;
+    chunks += (list->rows[r].operand[0].numel + FM_CHUNK - 1) / FM_CHUNK;
+  }
+  list->first_chunk[list->count] = chunks;
+}
 
 /* The operators. Reductions need list->partials. */
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);

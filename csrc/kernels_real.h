@@ -80,16 +80,18 @@ static void FM_NAME(store)(const fm_view *v, int64_t at, int64_t n, const FM_REA
 
 /* ---- reductions ---- */
 
-FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, const FM_REAL *g, const FM_REAL *w, int count, int scaling,
-                                  const fm_options *o, int term) {
+/* Adds elements to lanes [first, first + count). */
+FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *g, const FM_REAL *w, int count,
+                                  int scaling, const fm_options *o, int term) {
+  const bool wide = FM_NATIVE == FM_F64;
   for (int l = 0; l < count; l++) {
     double x = fabs(scaling == FM_SCALE_NONE ? (double)g[l] : FM_NAME(fm_scaled_gradient)(w[l], g[l], scaling, o->eta));
-    const bool wide = FM_NATIVE == FM_F64;
     const fm_sum t = fm_term(x, term, wide, o);
-    lanes->mid[l] = term == FM_TERM_LARGEST ? fm_larger(lanes->mid[l], t.mid) : lanes->mid[l] + t.mid;
+    double *mid = &lanes->mid[first + l];
+    *mid = term == FM_TERM_LARGEST ? fm_larger(*mid, t.mid) : *mid + t.mid;
     if (term == FM_TERM_SQUARE && wide) { /* the others have one sum */
-      lanes->big[l] += t.big;
-      lanes->small[l] += t.small;
+      lanes->big[first + l] += t.big;
+      lanes->small[first + l] += t.small;
     }
   }
 }
@@ -97,23 +99,29 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, const FM_REAL *g, const FM_RE
 /* One partial result per chunk. `scaled` is a constant where it is inlined, so that the common case loads no weights.
  */
 FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begin, int64_t end, int term, bool scaled) {
+  enum { SPAN = 8 * FM_LANES };
   const fm_row *row = &job->list->rows[r];
   const int scaling = scaled ? row->scaling : FM_SCALE_NONE;
-  FM_NAME(fm_blocks) blocks;
+  FM_REAL blocks[2][SPAN];
+  double scratch[SPAN];
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
     fm_lanes lanes = {{0.0}, {0.0}, {0.0}};
-    for (int64_t at = chunk; at < min64(chunk + FM_CHUNK, end); at += FM_BLOCK) {
-      const int64_t n = min64(FM_BLOCK, end - at);
-      const FM_REAL *g = FM_NAME(load)(&row->operand[FM_REDUCE_GRAD], at, n, blocks.operand[0], blocks.scratch);
-      const FM_REAL *w =
-          scaled ? FM_NAME(load)(&row->operand[FM_REDUCE_WEIGHT], at, n, blocks.operand[1], blocks.scratch) : g;
-      int64_t i = 0;
-      for (; i + FM_LANES <= n; i += FM_LANES) {
-        FM_NAME(add_terms)(&lanes, g + i, w + i, FM_LANES, scaling, job->options, term);
+    for (int64_t at = chunk; at < min64(chunk + FM_CHUNK, end); at += SPAN) {
+      const int64_t n = min64(SPAN, end - at), rows = n / FM_LANES;
+      const FM_REAL *g = FM_NAME(load)(&row->operand[FM_REDUCE_GRAD], at, n, blocks[0], scratch);
+      const FM_REAL *w = scaled ? FM_NAME(load)(&row->operand[FM_REDUCE_WEIGHT], at, n, blocks[1], scratch) : g;
+      for (int first = 0; first < FM_LANES; first += FM_LANE_GROUP) {
+        fm_lanes held;
+        copy_lanes(&held, 0, &lanes, first, FM_LANE_GROUP);
+        for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
+          FM_NAME(add_terms)(&held, 0, g + i, w + i, FM_LANE_GROUP, scaling, job->options, term);
+        }
+        copy_lanes(&lanes, first, &held, 0, FM_LANE_GROUP);
       }
-      FM_NAME(add_terms)(&lanes, g + i, w + i, (int)(n - i), scaling, job->options, term);
+      const int64_t done = rows * FM_LANES;
+      FM_NAME(add_terms)(&lanes, 0, g + done, w + done, (int)(n - done), scaling, job->options, term);
     }
-    job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] = fold_lanes(&lanes, term);
+    job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] = fold_lanes(&lanes, term, FM_NATIVE == FM_F64);
   }
 }
 

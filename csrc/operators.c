@@ -40,7 +40,7 @@ static bool reduce(fm_args *args, fm_operator op, int scaling, int eta, fm_optio
   fm_slot result = {.tensor = NULL};
   void *data = NULL;
   if (!take_not_negative(args, eta, &o->eta) || !fm_take_rows(args, TENSORS, FM_REDUCE_GRAD, FM_READ, &list) ||
-      !take_scaling(args, TENSORS, scaling, true, &list) || !fm_take_partials(args, &list) ||
+      !take_scaling(args, TENSORS, scaling, true, &list) || !fm_take_partials(args, fm_this_backend.partials, &list) ||
       (needs_weights(args->arg[scaling].integer) &&
        !fm_take_operand(args, TENSORS, WEIGHTS, FM_REDUCE_WEIGHT, FM_READ, &list))) {
     return false;
@@ -282,7 +282,7 @@ FM_OPERATORS(FM_BOXED)
 /* A kernel for one operator and dispatch key; non-zero if torch refuses it. */
 static AOTITorchError implement(const char *name, const char *key, void (*boxed)(StableIValue *, uint64_t, uint64_t)) {
   TorchLibraryHandle impl = NULL;
-  return aoti_torch_library_init_impl("flatmin", key, __FILE__, __LINE__, &impl) ||
+  return aoti_torch_library_init_impl(FM_NAMESPACE, key, __FILE__, __LINE__, &impl) ||
          torch_library_impl(impl, name, boxed, FM_TORCH_ABI_VERSION);
 }
 
@@ -292,17 +292,17 @@ __attribute__((constructor)) static void register_operators(void) {
   TorchLibraryHandle def = NULL;
   AOTITorchError failed = 0;
   if (backend->defines_operators) {
-    failed = aoti_torch_library_init_def("flatmin", __FILE__, __LINE__, &def);
+    failed = aoti_torch_library_init_def(FM_NAMESPACE, __FILE__, __LINE__, &def);
   }
-#define FM_REGISTER(name, per_device, schema)                                                \
-  if (def != NULL) {                                                                         \
-    failed = failed || aoti_torch_library_def(def, schema);                                  \
-  }                                                                                          \
-  for (const char *const *key = backend->dispatch_keys; per_device && *key != NULL; key++) { \
-    failed = failed || implement(#name, *key, boxed_##name);                                 \
-  }                                                                                          \
-  if (!per_device && def != NULL) {                                                          \
-    failed = failed || implement(#name, "CompositeExplicitAutograd", boxed_##name);          \
+#define FM_REGISTER(name, per_device, schema)                                                  \
+  if (def != NULL) {                                                                           \
+    failed = failed || aoti_torch_library_def(def, (schema));                                  \
+  }                                                                                            \
+  for (const char *const *key = backend->dispatch_keys; (per_device) && *key != NULL; key++) { \
+    failed = failed || implement(#name, *key, boxed_##name);                                   \
+  }                                                                                            \
+  if (!(per_device) && def != NULL) {                                                          \
+    failed = failed || implement(#name, "CompositeExplicitAutograd", boxed_##name);            \
   }
   FM_OPERATORS(FM_REGISTER)
 #undef FM_REGISTER

@@ -26,12 +26,15 @@ static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_opt
   return true;
 }
 
+static int64_t partials(int64_t chunks) { return chunks; }
+
 static int isa(void) { return fm_active_kernels->isa; }
 
 const fm_backend fm_this_backend = {
     .dispatch_keys = {"CPU", "SparseCPU", "SparseCsrCPU"},
     .defines_operators = true,
     .device_type = aoti_torch_device_type_cpu,
+    .partials = partials,
     .isa = isa,
     .run = run,
 };

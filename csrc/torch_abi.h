@@ -16,6 +16,7 @@
 typedef struct AtenTensorOpaque *AtenTensorHandle;
 typedef struct StableListOpaque *StableListHandle;
 typedef struct TorchLibraryOpaque *TorchLibraryHandle;
+typedef struct CUDAGuardOpaque *CUDAGuardHandle;
 typedef uint64_t StableIValue;
 typedef int32_t AOTITorchError;
 typedef void (*ParallelFunc)(int64_t begin, int64_t end, void *ctx);
@@ -23,6 +24,8 @@ typedef void (*ParallelFunc)(int64_t begin, int64_t end, void *ctx);
 
 /* Registration. The library objects are ours and live as long as the process. */
 AOTITorchError aoti_torch_library_init_def(const char *ns, const char *file, uint32_t line, TorchLibraryHandle *ret);
+AOTITorchError aoti_torch_library_init_fragment(const char *ns, const char *file, uint32_t line,
+                                                TorchLibraryHandle *ret);
 AOTITorchError aoti_torch_library_init_impl(const char *ns, const char *k, const char *file, uint32_t line,
                                             TorchLibraryHandle *ret);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char *schema);
@@ -57,9 +60,14 @@ int32_t aoti_torch_dtype_uint8(void);
 int32_t aoti_torch_dtype_uint64(void);
 int32_t aoti_torch_layout_strided(void);
 int32_t aoti_torch_device_type_cpu(void);
+int32_t aoti_torch_device_type_cuda(void);
 
 /* Threads and errors. aoti_torch_check throws a C++ exception through our frames if cond is false: free first. */
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void *ctx);
 void aoti_torch_check(bool cond, const char *func, const char *file, uint32_t line, const char *msg);
 
+/* CUDA, in libtorch_cuda: only cuda/register.c calls these. The guard selects a device until it is deleted. */
+AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle *ret_guard);
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void **ret_stream);
 #endif

@@ -1,5 +1,6 @@
 #include "torch_args.h"
 
+#include <assert.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -56,7 +57,7 @@ static bool describe(fm_args *args, fm_tensor *t) {
   t->size = size;
   t->stride = stride;
   t->numel = size != NULL ? 1 : 0;
-  for (int64_t d = 0; d < t->dims; d++) {
+  for (int64_t d = 0; size != NULL && d < t->dims; d++) {
     t->numel *= size[d];
   }
   return !failed || fm_fail(args, "flatmin: torch's C interface refused a tensor; this torch is not supported");
@@ -278,6 +279,7 @@ static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm
 
 bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, fm_list *list) {
   const fm_arg *arg = &args->arg[a];
+  assert(arg->count >= 0);
   const size_t count = (size_t)arg->count;
   list->count = arg->count;
   list->rows = fm_args_alloc(args, count * sizeof *list->rows);
@@ -299,8 +301,8 @@ bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, fm_list *list) 
   return true;
 }
 
-bool fm_take_partials(fm_args *args, fm_list *list) {
-  const int64_t doubles = 3 * list->first_chunk[list->count], stride = 1;
+bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list) {
+  const int64_t doubles = 3 * partials(list->first_chunk[list->count]), stride = 1;
   void *data = NULL;
   if (aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), args->device_type, args->device_index,
                                &args->scratch) ||

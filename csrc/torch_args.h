@@ -66,8 +66,9 @@ typedef enum fm_use { FM_READ, FM_WRITE } fm_use;
  */
 bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, fm_list *list);
 
-/* Room on the device for one partial result a chunk. Call it before fm_take_operand: a norm reads any floating type. */
-bool fm_take_partials(fm_args *args, fm_list *list);
+/* Room on the device for the partial results of a reduction: `partials` of the number of chunks. Call it before
+ * fm_take_operand: a norm reads any floating type. */
+bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list);
 
 /* Adds the tensors of `arg` to the rows made from `first`: as many, of the same sizes, of the same type or float32. */
 bool fm_take_operand(fm_args *args, int first, int arg, int operand, fm_use use, fm_list *list);

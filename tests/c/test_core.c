@@ -108,8 +108,8 @@ static fm_list make_list(fm_dtype dtype, int operands, unsigned exact) {
     list.rows[r].bias_correction1 = 0.3;
     list.rows[r].root_bias_correction = 0.7;
   }
-  const int64_t chunks = fm_list_plan(&list);
-  list.partials = malloc((size_t)chunks * sizeof *list.partials);
+  fm_list_plan(&list);
+  list.partials = malloc((size_t)list.first_chunk[TENSORS] * sizeof *list.partials);
   return list;
 }
 
@@ -197,8 +197,8 @@ static void test_tree(void) {
     fm_row row = {.operand = {{malloc((size_t)n * sizeof(float) + 1), NULL, n, FM_F32}}};
     int64_t first_chunk[2];
     fm_list list = {&row, 1, first_chunk, NULL};
-    const int64_t chunks = fm_list_plan(&list);
-    list.partials = malloc((size_t)chunks * sizeof *list.partials + 1);
+    fm_list_plan(&list);
+    list.partials = malloc((size_t)first_chunk[1] * sizeof *list.partials + 1);
     for (int64_t i = 0; i < n; i++) {
       put(&row.operand[0], i, uniform((uint64_t)i, 3));
     }
