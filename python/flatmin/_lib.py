@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch  # before the library: it resolves against the torch that is loaded
 from torch import Tensor
 
 _LIBRARY = Path(__file__).with_name("_C.so")
+_CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
 _ISA = {"base": 1, "v3": 3, "v4": 4}
 
 
@@ -32,6 +34,22 @@ def _load() -> None:
         raise ImportError(f"FM_ISA: {wanted!r} given, but it is none of {sorted(_ISA)} or not what this processor runs")
 
 
+def _load_cuda() -> bool:
+    """Load the CUDA kernels into a torch that was built with CUDA; False if they cannot run here.
+
+    Without them CUDA tensors take the reference, and flatmin.ops says so at the first one.
+    """
+    if torch.version.cuda is None or not _CUDA_LIBRARY.exists():
+        return False
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        warnings.warn(f"flatmin: {_CUDA_LIBRARY} does not load into torch {torch.__version__}: {error}", stacklevel=2)
+        return False
+    ready: bool = torch.ops.flatmin.cuda_ready()
+    return ready
+
+
 _load()
 
 #: The operators that have a kernel for each device, and what calls them.
@@ -41,7 +59,7 @@ OPERATORS = {
 }
 
 #: Device types with kernels; everything else runs in flatmin.reference.
-DEVICES: frozenset[str] = frozenset({"cpu"})
+DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if _load_cuda() else {"cpu"})
 
 
 def _check_one_device(*lists: Sequence[Tensor]) -> None:
