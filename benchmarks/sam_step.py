@@ -178,7 +178,7 @@ def measure(name: str, rounds: int, with_compile: bool, library: ctypes.CDLL | N
 def _summary(row: str, times: dict[str, list[float]], elements: int, extra: float | None) -> dict[str, Any]:
     median = statistics.median(times[row])
     streams = 1 if row == READ else 2 if row in COPIES else STREAMS
-    quartiles = statistics.quantiles(times[row], n=4) if len(times[row]) > 1 else [median] * 3
+    quartiles = statistics.quantiles(times[row], n=4, method="inclusive") if len(times[row]) > 1 else [median] * 3
     return {
         "median_ms": median,
         "quartiles_ms": [quartiles[0], quartiles[2]],
