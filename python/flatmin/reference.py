@@ -41,9 +41,7 @@ def _slots(params: Sequence[Tensor], backup: Tensor) -> Iterator[Tensor]:
     """One view of ``backup`` per parameter, shaped like the parameter in memory order."""
     needed = backup_nbytes(params)
     if backup.numel() < needed:
-        raise RuntimeError(
-            f"backup: {backup.numel()} bytes given, {needed} needed; use backup_like(params)"
-        )
+        raise RuntimeError(f"backup: {backup.numel()} bytes given, {needed} needed; use backup_like(params)")
     start = 0
     for p in params:
         stop = start + p.numel() * p.element_size()
