@@ -56,7 +56,7 @@ mnist: $(VENV)/.installed $(if $(DATA),,$(VENV)/.torchvision)
 test: ctest pytest
 
 ctest: $(VENV)/.test-tools
-	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON \
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON -DFM_CUDA_ARCHITECTURES=90-real \
 	  -DFM_TORCH_INCLUDE=$$($(BIN)/python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300

@@ -42,7 +42,7 @@ static bool reduce(fm_args *args, fm_operator op, int scaling, int eta, fm_optio
   if (!take_not_negative(args, eta, &o->eta) || !fm_take_rows(args, TENSORS, FM_REDUCE_GRAD, FM_READ, &list) ||
       !take_scaling(args, TENSORS, scaling, true, &list) || !fm_take_partials(args, fm_this_backend.partials, &list) ||
       (needs_weights(args->arg[scaling].integer) &&
-       !fm_take_operand(args, TENSORS, WEIGHTS, FM_REDUCE_WEIGHT, FM_READ, &list))) {
+       !fm_take_operand(args, TENSORS, WEIGHTS, FM_REDUCE_WEIGHT, FM_READ_ANY_TYPE, &list))) {
     return false;
   }
   if (aoti_torch_empty_strided(0, NULL, NULL, aoti_torch_dtype_float64(), args->device_type, args->device_index,

@@ -335,8 +335,7 @@ bool fm_take_operand(fm_args *args, int first, int a, int operand, fm_use use, f
     }
     fm_dtype own = FM_F32;
     float_dtype(lead->tensors[i].dtype, &own);
-    const bool reads_any = list->partials != NULL; /* a norm multiplies in double, whatever the types */
-    if (view->dtype != own && view->dtype != FM_F32 && !reads_any) {
+    if (view->dtype != own && view->dtype != FM_F32 && use != FM_READ_ANY_TYPE) {
       return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", label(arg, i, text),
                      lead->name, i);
     }

@@ -59,15 +59,14 @@ void *fm_args_alloc(fm_args *args, size_t bytes);
 /* Keeps the first message. Returns false, so that a check can `return fm_fail(...)`. */
 bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* How the operator uses a list beside its parameters. */
-typedef enum fm_use { FM_READ, FM_WRITE } fm_use;
+/* How the operator uses a list. A norm multiplies in double and reads any floating type beside any other. */
+typedef enum fm_use { FM_READ, FM_READ_ANY_TYPE, FM_WRITE } fm_use;
 
 /* Makes the rows of `list` from the tensors of argument `arg`, which sets the order of elements: ascending in memory.
  */
 bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, fm_list *list);
 
-/* Room on the device for the partial results of a reduction: `partials` of the number of chunks. Call it before
- * fm_take_operand: a norm reads any floating type. */
+/* Room on the device for the partial results of a reduction: `partials` of the number of chunks. */
 bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list);
 
 /* Adds the tensors of `arg` to the rows made from `first`: as many, of the same sizes, of the same type or float32. */
