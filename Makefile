@@ -19,7 +19,8 @@ ARGS ?=
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh python/flatmin/*.py) python/flatmin/py.typed \
            CMakeLists.txt setup.py pyproject.toml README.md LICENSE
-C_FILES := $(wildcard csrc/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp benchmarks/*.c)
+C_FILES := $(wildcard csrc/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp tests/emu/*.[ch] tests/emu/*.cpp \
+           benchmarks/*.c)
 
 .PHONY: mnist test ctest pytest lint bench wheel clean
 
@@ -32,7 +33,8 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.torch
-	$(BIN)/pip install --quiet pytest hypothesis cmake ninja torch-abi-audit
+	$(BIN)/pip install --quiet pytest hypothesis cmake ninja torch-abi-audit \
+	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 # One wheel file for every environment: a second VENV installs the one that the first built and tested.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,8 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(self.build_temp).resolve()
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={out}"]
+        if architectures := os.environ.get("FM_CUDA_ARCHITECTURES"):  # a developer's build for one GPU
+            configure.append(f"-DFM_CUDA_ARCHITECTURES={architectures}")
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", build, "--target", "install"])
 
