@@ -78,5 +78,11 @@ def _fake_update(params: Sequence[Tensor], *others: object) -> None:
     _check_one_device(params, *(other for other in others if isinstance(other, list)))
 
 
+def _fake_adam(*args: object) -> None:
+    """The sixth argument, the step counters, lies on the CPU wherever the parameters are."""
+    _fake_update(*args[:5])  # type: ignore[arg-type]
+
+
 for _name in OPERATORS:
-    torch.library.register_fake(f"flatmin::{_name}", _fake_update if _name.endswith("_") else _fake_reduction)
+    _fake = _fake_adam if _name == "restore_adam_" else _fake_update if _name.endswith("_") else _fake_reduction
+    torch.library.register_fake(f"flatmin::{_name}", _fake)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .ops import on_device
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -46,7 +48,7 @@ def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] 
     if len(partial) == 1 and not groups:
         return partial[0]
     device = partial[0].device
-    norms = torch.stack([n.to(device, non_blocking=True) for n in partial])
+    norms = torch.stack([on_device(n, device) for n in partial])
     norms = torch.where(norms.isnan(), math.inf, norms)
     largest = norms.amax()
     for group in groups:
@@ -63,7 +65,7 @@ def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] 
 def total(counts: Sequence[Tensor], groups: Sequence[ProcessGroup] = ()) -> Tensor:
     """The sum of counts, and of those of the other ranks in ``groups``."""
     device = counts[0].device
-    result = torch.stack([n.to(device, non_blocking=True) for n in counts]).sum()
+    result = torch.stack([on_device(n, device) for n in counts]).sum()
     for group in groups:
         torch.distributed.all_reduce(result, torch.distributed.ReduceOp.SUM, group)
     return result

@@ -206,7 +206,7 @@ class PerturbedSet:
         assert self.norm is not None
         counts = []
         for m in moving:
-            norm = self.norm.to(m.bucket.device, non_blocking=True)
+            norm = ops.on_device(self.norm, m.bucket.device)
             counts.append(total([ops.ties(m.grads, norm, m.weights, **m.options)], m.bucket.shards or ()))
         return total(counts or [torch.zeros_like(self.norm)], self.sync)
 
@@ -216,10 +216,11 @@ class PerturbedSet:
         assert self.norm is not None
         bucket, device = m.bucket, m.bucket.device
         if share is not None:
-            rho = (rho.to(share.device) if isinstance(rho, Tensor) else rho) / share
+            rho = (ops.on_device(rho, share.device) if isinstance(rho, Tensor) else rho) / share
         # Each bucket counts its elements from 0, so each needs a stream of its own.
-        stream = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64).to(device)
-        norm = self.norm.to(device, non_blocking=True)
+        words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
+        stream = None if words is None else ops.on_device(words, device)
+        norm = ops.on_device(self.norm, device)
         ops.sam_ascend_(m.params, m.grads, bucket.backup, norm, rho, q=self.q, eps=self.eps, key=stream, **m.options)
         bucket.moved = True
         bucket.bump_versions()

@@ -89,11 +89,16 @@ def _check_lists(tensors: Sequence[Tensor]) -> None:
             raise RuntimeError(f"tensor {i} of the list has dtype {t.dtype}; give floating-point tensors")
 
 
+def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``t`` on ``device``, without making the host wait: except for a copy to the CPU, which reads it at once."""
+    return t.to(device=device, dtype=dtype or t.dtype, non_blocking=device.type != "cpu")
+
+
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """A float64 0-dim tensor on ``device``: the kernels read it there, so a changed value never recompiles."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
+        return on_device(value, device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -179,7 +184,8 @@ def sam_ascend_(
         grads: same shapes, same length.
         backup: from :func:`backup_like`.
         norm: float64 0-dim, from :func:`norm` over every tensor of the perturbed set.
-        rho: radius >= 0, float or 0-dim tensor. For ``q = inf`` give ``rho / ties(...)``.
+        rho: radius >= 0, float or 0-dim tensor. For ``q = inf`` give ``rho / ties(...)``. The value of a tensor on a
+            GPU is unknown to the host, so a negative one is not refused there.
         q: the dual exponent, as given to :func:`norm`.
         adaptive, eta: as given to :func:`norm`.
         eps: added to the norm.
@@ -272,7 +278,8 @@ def restore_adam_(
 ) -> None:
     """Restore and take one step of :class:`torch.optim.Adam` (AdamW if ``decoupled``), in one pass over memory.
 
-    ``steps`` are float32 0-dim tensors as in the optimizer's state, one per parameter, and are incremented.
+    ``steps`` are float32 0-dim tensors on the CPU as in the optimizer's state, one per parameter, and are incremented
+    by the host: a captured CUDA graph would replay one bias correction.
     ``max_exp_avg_sqs`` is empty unless ``amsgrad``. Agrees with torch to 1e-6 (float32) and 1e-12 (float64) relative:
     torch itself gives other bits in its foreach, fused and single-tensor forms.
     """
