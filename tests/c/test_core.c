@@ -1,7 +1,7 @@
 /* Every kernel of every instruction set, under AddressSanitizer: memory is allocated to the byte, so that one element
  * too many is an error. Values are held against a plain loop over the formulas, the norm against long double. */
 #include "check.h"
-#include "fm_ops.h"
+#include "lists.h"
 
 #include <stdlib.h>
 
@@ -53,109 +53,6 @@ static void uneven_thirds(int64_t begin, int64_t end, int64_t grain, fm_range_fn
 }
 
 static const fm_parallel_for splits[] = {serial, single_chunks_backwards, uneven_thirds};
-
-/* ---- lists of random tensors ---- */
-
-static const int64_t sizes[] = {0, 1, 5, 127, 128, 129, 1023, 1024, 1025, 4095, 4096, 4097, 0, 13000};
-enum { TENSORS = sizeof sizes / sizeof *sizes };
-
-static double uniform(uint64_t index, uint32_t stream) {
-  return (double)fm_random_quad(20260101, index, stream, 0).lane[0] * 0x1p-32 * 2.0 - 1.0;
-}
-
-static void put(const fm_view *v, int64_t i, double x) {
-  char *to = v->data + i * (int64_t)fm_dtype_size(v->dtype);
-  const float single = (float)x;
-  const uint16_t half = v->dtype == FM_BF16 ? fm_f32_to_bf16(single) : fm_f32_to_f16(single);
-  memcpy(to,
-         v->dtype == FM_F64   ? (const void *)&x
-         : v->dtype == FM_F32 ? (const void *)&single
-                              : (const void *)&half,
-         fm_dtype_size(v->dtype));
-}
-
-static double get(const fm_view *v, int64_t i) {
-  const char *from = v->data + i * (int64_t)fm_dtype_size(v->dtype);
-  double x = 0;
-  float single = 0;
-  uint16_t half = 0;
-  switch (v->dtype) {
-    case FM_F64: memcpy(&x, from, sizeof x); return x;
-    case FM_F32: memcpy(&single, from, sizeof single); return (double)single;
-    default: memcpy(&half, from, sizeof half);
-  }
-  return (double)(v->dtype == FM_BF16 ? fm_bf16_to_f32(half) : fm_f16_to_f32(half));
-}
-
-/* Rows of `operands` tensors; operand `exact` and every second tensor of the others have type `dtype`, the rest
- * float32. Memory ends with the last element. */
-static fm_list make_list(fm_dtype dtype, int operands, unsigned exact) {
-  fm_list list = {.rows = calloc(TENSORS, sizeof *list.rows), .count = TENSORS};
-  list.first_chunk = malloc((TENSORS + 1) * sizeof *list.first_chunk);
-  for (int r = 0; r < TENSORS; r++) {
-    for (int k = 0; k < operands; k++) {
-      const fm_dtype type = (exact >> k & 1u) || r % 2 == 0 ? dtype : FM_F32;
-      fm_view *v = &list.rows[r].operand[k];
-      *v = (fm_view){malloc((size_t)sizes[r] * fm_dtype_size(type) + 1), NULL, sizes[r], type};
-      for (int64_t i = 0; i < sizes[r]; i++) {
-        const double x = uniform((uint64_t)i, (uint32_t)(r * FM_MAX_OPERANDS + k));
-        put(v, i,
-            k == FM_ADAM_SQUARE || k == FM_ADAM_LARGEST ? fabs(x) : x); /* Adam's second moments are not negative */
-      }
-    }
-    list.rows[r].wide = dtype == FM_F64;
-    list.rows[r].scaling = r % 4;
-    list.rows[r].bias_correction1 = 0.3;
-    list.rows[r].root_bias_correction = 0.7;
-  }
-  fm_list_plan(&list);
-  list.partials = malloc((size_t)list.first_chunk[TENSORS] * sizeof *list.partials);
-  return list;
-}
-
-static void free_list(fm_list *list) {
-  for (int64_t r = 0; r < list->count; r++) {
-    for (int k = 0; k < FM_MAX_OPERANDS; k++) {
-      free(list->rows[r].operand[k].data);
-    }
-  }
-  free(list->rows);
-  free(list->first_chunk);
-  free(list->partials);
-}
-
-/* FNV-1a over every byte of every operand. */
-static uint64_t hash_list(const fm_list *list) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (int64_t r = 0; r < list->count; r++) {
-    for (int k = 0; k < FM_MAX_OPERANDS; k++) {
-      const fm_view *v = &list->rows[r].operand[k];
-      for (size_t i = 0; v->data != NULL && i < (size_t)v->numel * fm_dtype_size(v->dtype); i++) {
-        hash = (hash ^ (uint8_t)v->data[i]) * 0x100000001b3u;
-      }
-    }
-  }
-  return hash;
-}
-
-static fm_options some_options(void) {
-  return (fm_options){.q = 2,
-                      .eta = 0.01,
-                      .norm = 7.5,
-                      .rho = 0.5,
-                      .eps = 1e-12,
-                      .seed = 12345,
-                      .step = 6,
-                      .lr = 0.1,
-                      .momentum = 0.9,
-                      .dampening = 0.25,
-                      .weight_decay = 0.01,
-                      .beta1 = 0.9,
-                      .beta2 = 0.99,
-                      .adam_eps = 1e-8,
-                      .nesterov = true,
-                      .amsgrad = true};
-}
 
 /* ---- norm ---- */
 
