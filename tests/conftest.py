@@ -1,12 +1,16 @@
-"""Settings of the whole test run: hypothesis draws the same examples every time, and no test leaks its thread count."""
+"""Settings of the whole test run: hypothesis draws the same examples every time, no test leaks its thread count, and
+tests that this machine cannot run are left out and reported."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import machine
 
 settings.register_profile(
     "flatmin",
@@ -25,3 +29,33 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+# ---- parts that not every machine has ----
+
+_left_out: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda(devices=1, gib=0): runs on so many GPUs, with so much memory")
+    config.addinivalue_line("markers", "requires(part): needs a part that machine.PARTS names")
+
+
+def _missing(item: pytest.Item) -> str | None:
+    """The first part that a test needs and this machine has not."""
+    gpu = item.get_closest_marker("cuda")
+    if gpu is not None and (part := machine.gpu_missing(**gpu.kwargs)):
+        return part
+    parts = [mark.args[0] for mark in item.iter_markers("requires")]
+    return next((part for part in parts if not machine.PARTS[part]), None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {item: _missing(item) for item in items}
+    _left_out.update(part for part in missing.values() if part is not None)
+    config.hook.pytest_deselected(items=[item for item in items if missing[item] is not None])
+    items[:] = [item for item in items if missing[item] is None]
+
+
+def pytest_report_collectionfinish() -> list[str]:
+    return [f"left out: {count} tests that need {part}" for part, count in sorted(_left_out.items())]

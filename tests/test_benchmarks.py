@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import shutil
 import subprocess
@@ -21,9 +22,9 @@ STEP_LIMIT_ROWS = {"limit, plain stores", "limit, streaming stores"}
 LIMIT_ROWS = STEP_LIMIT_ROWS | {"read", "copy, plain stores", "copy, streaming stores"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "sam_step.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,27 @@ def test_bad_arguments_are_named(arguments: tuple[str, ...], named: str) -> None
     done = run(*arguments)
     assert done.returncode == 2
     assert named in done.stderr
+
+
+# ---- on a GPU ----
+
+
+def test_without_a_gpu_the_message_says_so() -> None:
+    done = run("--device", "cuda", "--quick", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "--device cuda: torch" in done.stderr
+    assert "finds no GPU" in done.stderr
+
+
+@pytest.mark.cuda
+def test_quick_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "quick.json"
+    done = run("--device", "cuda", "--quick", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    rows = report["shapes"]["mnist"]["rows"]
+    assert set(rows) >= FLATMIN_ROWS | {"textbook eager SAM", "torch._foreach_ by hand", "copy of 1 GiB by torch"}
+    assert all(row["median_ms"] > 0 and row["host_ms"] > 0 for row in rows.values())
+    assert report["environment"]["gpu"] in done.stdout
+    for name in FLATMIN_ROWS:
+        assert rows[name]["extra_copies"] == pytest.approx(1.0, abs=0.02)

@@ -1,4 +1,4 @@
-"""What is shipped: one library that needs torch 2.10 or later and nothing else, in a wheel for every Python."""
+"""What is shipped: libraries that need torch 2.10 or later and nothing else, in a wheel for every Python."""
 
 from __future__ import annotations
 
@@ -11,30 +11,38 @@ from pathlib import Path
 
 import pytest
 
-import flatmin
+from machine import CPU_LIBRARY, CUDA_LIBRARY
 
-LIBRARY = Path(flatmin.__file__).parent / "_C.so"
+#: Where the system's C library and compiler keep their own.
+SYSTEM = {"libm.so.6", "libc.so.6"}
+CXX_SYSTEM = SYSTEM | {"libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "libpthread.so.0", "libdl.so.2"}
+
+needs_nvcc = pytest.mark.requires("a build with nvcc")
+every_library = pytest.mark.parametrize(
+    "library", [CPU_LIBRARY, pytest.param(CUDA_LIBRARY, marks=needs_nvcc)], ids=lambda path: path.name
+)
 
 
 def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def dynamic_section() -> dict[str, list[str]]:
-    """Entries of the library's dynamic section by tag: NEEDED, SONAME, RPATH, RUNPATH, FLAGS ..."""
+def dynamic_section(library: Path) -> dict[str, list[str]]:
+    """Entries of a library's dynamic section by tag: NEEDED, SONAME, RPATH, RUNPATH, FLAGS ..."""
     entries: dict[str, list[str]] = {}
     for tag, value in re.findall(
-        r"^ 0x\w+ \((\w+)\)\s+(.*)$", output("readelf", "--wide", "-d", LIBRARY), re.MULTILINE
+        r"^ 0x\w+ \((\w+)\)\s+(.*)$", output("readelf", "--wide", "-d", library), re.MULTILINE
     ):
         name = re.search(r"\[(.*)\]", value)
         entries.setdefault(tag, []).append(name.group(1) if name else value)
     return entries
 
 
-def test_torch_2_10_is_enough_and_nothing_unstable_is_used() -> None:
+@every_library
+def test_torch_2_10_is_enough_and_nothing_unstable_is_used(library: Path) -> None:
     """torch-abi-audit knows which release added each symbol of torch's C interface."""
     audit = Path(sys.executable).parent / "torch-abi-audit"
-    run = subprocess.run([audit, "--check", "torch", LIBRARY], capture_output=True, text=True, check=False)
+    run = subprocess.run([audit, "--check", "torch", library], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"min-torch=2\.10\.0\b", run.stdout), run.stdout
     assert re.search(r"\bunstable=0\b", run.stdout), run.stdout
@@ -43,36 +51,45 @@ def test_torch_2_10_is_enough_and_nothing_unstable_is_used() -> None:
 def test_the_library_asks_for_torch_and_libc_alone() -> None:
     """libtorch_cpu must be named, since Python loads torch without lending its symbols to others; a CUDA library must
     not be, since a CPU build of torch has none; and no C++ library, since there is no C++."""
-    needed = dynamic_section()["NEEDED"]
-    assert "libtorch_cpu.so" in needed
-    assert set(needed) <= {"libtorch_cpu.so", "libm.so.6", "libc.so.6"}
+    needed = set(dynamic_section(CPU_LIBRARY)["NEEDED"])
+    assert needed - SYSTEM == {"libtorch_cpu.so"}
 
 
+@needs_nvcc
+def test_the_cuda_library_brings_its_own_runtime() -> None:
+    """No libcudart: torch's moves from one release to the next, and took others' libraries with it."""
+    assert set(dynamic_section(CUDA_LIBRARY)["NEEDED"]) - CXX_SYSTEM == {"libtorch_cpu.so", "libtorch_cuda.so"}
+
+
+@every_library
 @pytest.mark.parametrize("tag", ["RPATH", "RUNPATH"])
-def test_the_library_searches_no_folder(tag: str) -> None:
+def test_the_library_searches_no_folder(library: Path, tag: str) -> None:
     """torch is in the process already; a path from the build machine would find another one, or nothing."""
-    section = dynamic_section()
+    section = dynamic_section(library)
     assert "NEEDED" in section
     assert tag not in section
 
 
-def test_the_library_exports_nothing() -> None:
+@every_library
+def test_the_library_exports_nothing(library: Path) -> None:
     """Operators register themselves when it is loaded; an exported name could only collide with another library's."""
-    names = [line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()]
+    names = [line.split()[-1] for line in output("nm", "-D", "--defined-only", library).splitlines()]
     assert names == []
-    assert "torch_library_impl" in output("nm", "-D", "--undefined-only", LIBRARY)
+    assert "torch_library_impl" in output("nm", "-D", "--undefined-only", library)
 
 
-def test_the_library_needs_no_executable_stack() -> None:
+@every_library
+def test_the_library_needs_no_executable_stack(library: Path) -> None:
     """Hardened kernels refuse to load a library that asks for one."""
-    stack = next(line for line in output("readelf", "--wide", "-l", LIBRARY).splitlines() if "GNU_STACK" in line)
+    stack = next(line for line in output("readelf", "--wide", "-l", library).splitlines() if "GNU_STACK" in line)
     assert stack.split()[-2] == "RW"
 
 
-def test_no_build_path_is_left_in_the_library() -> None:
+@every_library
+def test_no_build_path_is_left_in_the_library(library: Path) -> None:
     """Two machines that build the same sources get the same file, and it tells nothing about either."""
     source = Path(__file__).resolve().parents[1]
-    assert str(source).encode() not in LIBRARY.read_bytes()
+    assert str(source).encode() not in library.read_bytes()
 
 
 # ---- the wheel ----
@@ -98,6 +115,11 @@ def test_the_wheel_holds_what_it_should() -> None:
     assert {"flatmin/__init__.py", "flatmin/_C.so", "flatmin/py.typed", "flatmin/reference.py"} <= files
     strangers = [f for f in files if not f.startswith(("flatmin/", "flatmin-"))]
     assert strangers == []
+
+
+@needs_nvcc
+def test_a_build_with_nvcc_ships_the_cuda_library() -> None:
+    assert "flatmin/_C_cuda.so" in {str(f) for f in installed().files or []}
 
 
 def test_the_wheel_asks_for_torch_2_10() -> None:

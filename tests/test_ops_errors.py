@@ -105,7 +105,7 @@ GOOD: dict[str, Callable[[], Arguments]] = {
 
 
 def call(op: str, arguments: Arguments) -> Any:
-    return getattr(torch.ops.flatmin, op).default(*arguments.values())
+    return _lib.OPERATORS[op](*arguments.values())
 
 
 def flat(arguments: Arguments) -> list[Tensor]:

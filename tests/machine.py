@@ -1,0 +1,48 @@
+"""Parts that not every machine has. conftest.py leaves out the tests whose part is missing, and says which and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import flatmin
+from flatmin import _lib
+
+#: The compiler that CMake would take.
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+CPU_LIBRARY = Path(flatmin.__file__).with_name("_C.so")
+CUDA_LIBRARY = CPU_LIBRARY.with_name("_C_cuda.so")
+
+#: GPUs that run the CUDA kernels: none where only torch has a GPU.
+GPUS = torch.cuda.device_count() if "cuda" in _lib.DEVICES else 0
+
+#: For ``@pytest.mark.requires(part)``: whether it is here. A machine with nvcc must have built the CUDA library.
+PARTS = {
+    "nvcc": NVCC is not None,
+    "a build with nvcc": NVCC is not None or CUDA_LIBRARY.exists(),
+    "a CUDA build of torch": torch.version.cuda is not None,
+    "a CPU build of torch": torch.version.cuda is None,
+}
+
+
+def gpu_missing(devices: int = 1, gib: int = 0) -> str | None:
+    """For ``@pytest.mark.cuda(devices, gib)``: what is missing, if anything."""
+    if devices > GPUS:
+        return "a GPU" if devices == 1 else f"{devices} GPUs"
+    if gib and torch.cuda.get_device_properties(0).total_memory < gib * 2**30:
+        return f"a GPU with {gib} GiB"
+    return None
+
+
+def cuobjdump() -> str:
+    """CUDA's own or PyPI's: an nvcc need not bring one."""
+    found = shutil.which("cuobjdump")
+    if found is not None:
+        return found
+    files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
+    return str(next(file for file in files if file.name == "cuobjdump").locate())

@@ -1,0 +1,108 @@
+"""Every operator on a problem, on the device of its tensors: what must agree in every bit between two kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cases import LAYOUTS, Problem, fill
+from flatmin import ops
+
+Options = dict[str, Any]
+
+SGD_OPTIONS = st.fixed_dictionaries(
+    {
+        "momentum": st.sampled_from([0.0, 0.9]),
+        "dampening": st.sampled_from([0.0, 0.25]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "nesterov": st.booleans(),
+        "maximize": st.booleans(),
+        "first_step": st.booleans(),
+    }
+)
+ADAM_OPTIONS = st.fixed_dictionaries(
+    {
+        "beta1": st.sampled_from([0.9, 0.4, 0.0]),
+        "beta2": st.sampled_from([0.999, 0.5]),
+        "eps": st.sampled_from([1e-3, 1e-8]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "decoupled": st.booleans(),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    }
+)
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` with the strides, the offset and the surrounding memory of ``t``."""
+    memory = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).to(device, copy=True)
+    return torch.empty(0, dtype=t.dtype, device=device).set_(
+        memory.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    )
+
+
+def problem_on(device: torch.device, problem: Problem) -> Problem:
+    params, grads = ([moved(t, device) for t in tensors] for tensors in (problem.params, problem.grads))
+    return Problem(params, grads, problem.state_dtypes, problem.seed)
+
+
+def ascent(problem: Problem, p: float, adaptive: bool | str, key: tuple[int, int] | None = None) -> list[Tensor]:
+    """Norm, for p = 1 the ties, parameters at ``w + e`` and backup."""
+    params, grads, backup = problem.params, problem.grads, problem.backup()
+    q = ops.dual_exponent(p)
+    results = [ops.norm(grads, params, q=q, adaptive=adaptive)]
+    rho: float | Tensor = 0.7
+    if math.isinf(q):
+        results.append(ops.ties(grads, results[0], params, adaptive=adaptive))
+        rho = rho / results[1]
+    chance = None if key is None else torch.tensor(key, dtype=torch.uint64).to(backup.device)
+    ops.sam_ascend_(params, grads, backup, results[0], rho, q=q, adaptive=adaptive, key=chance)
+    return [*results, *params, backup]
+
+
+def _perturbed(problem: Problem) -> Tensor:
+    """The backup of parameters that have moved."""
+    backup = problem.backup()
+    norm = torch.ones((), dtype=torch.float64, device=backup.device)
+    ops.sam_ascend_(problem.params, problem.grads, backup, norm, 1.0)
+    return backup
+
+
+def restore(problem: Problem) -> list[Tensor]:
+    backup = _perturbed(problem)
+    ops.restore_(problem.params, backup)
+    return [*problem.params, backup]
+
+
+def sgd_step(problem: Problem, options: Options) -> list[Tensor]:
+    """Parameters and momentum buffers after a restore fused with a step."""
+    backup = _perturbed(problem)
+    buffers = problem.state(1) if options["momentum"] else []
+    ops.restore_sgd_(problem.params, problem.grads, buffers, backup, 0.5, **options)
+    return [*problem.params, *buffers, backup]
+
+
+def adam_step(problem: Problem, options: Options) -> list[Tensor]:
+    """Parameters, moments and counters after a restore fused with a step."""
+    backup = _perturbed(problem)
+    means, squares = problem.state(1), problem.state(2, positive=True)
+    largest = problem.state(3, positive=True) if options["amsgrad"] else []
+    steps = [torch.tensor(float(i)) for i in range(len(problem.params))]
+    ops.restore_adam_(problem.params, problem.grads, means, squares, largest, steps, backup, 0.01, **options)
+    return [*problem.params, *means, *squares, *largest, *steps, backup]
+
+
+def long_list(dtype: torch.dtype) -> Problem:
+    """More tensors than one launch takes, some strided and some empty, with more chunks than one block folds."""
+    problem = Problem([], [], [], 11)
+    for i in range(700):
+        layout = "transposed" if i % 97 == 5 else "contiguous"
+        shape = (i % 7, 3 + i % 31) if i != 350 else (1100, 4096)
+        for tensors in (problem.params, problem.grads):
+            tensors.append(fill(LAYOUTS[layout](shape, dtype), 2 * i + len(problem.grads)))
+        problem.state_dtypes.append(dtype)
+    return problem

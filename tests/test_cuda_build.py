@@ -1,0 +1,272 @@
+"""The CUDA build as far as it shows without a GPU: what nvcc makes of kernels.cu, and what is in the library.
+
+test_build.py holds what this library has in common with the CPU's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import machine
+from flatmin import _lib
+from machine import CUDA_LIBRARY
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMULAS = ROOT / "csrc" / "fm_formulas.h"
+
+#: A released wheel: code for each of these, and PTX of the newest for what comes after it. sm_80 serves 86 and 89.
+RELEASED = "75-real 80-real 90-real 100-real 120"
+
+#: What the number after a kernel template's name means: the enums fm_update in kernels.cu and FM_TERM_* in fm_math.h.
+UPDATES = ("ascend", "restore", "sgd", "adam")
+TERMS = ("square", "power", "largest", "ties")
+
+#: Registers a thread at most. An SM has 65,536 and hands them out by 8: one more than this and a block less fits on it.
+#: Resident blocks are what hides the latency of memory: 256 threads with 16 bytes under way each are 4 KB, and an H100
+#: needs 18 KB an SM (3.35 TB/s / 132 SMs x 700 ns). Adam, with four loads a thread, has 32 KB in two blocks; the norm,
+#: with one in each of 5 x 128 threads, has 10.
+REGISTERS = {
+    "ascend": 80,  # 3 blocks of 256 threads; needs 70 to 78 over the architectures
+    "restore": 64,  # 4 of 256; 52 to 64
+    "sgd": 80,  # 3 of 256; 66 to 68
+    "adam": 128,  # 2 of 256; 92 to 96
+    "square": 96,  # 5 of 128 threads; 88 to 92
+    "power": 96,  # 5 of 128; 78 to 90
+    "largest": 96,  # 5 of 128; 78 to 90
+    "ties": 96,  # 5 of 128; 72 to 92
+    "fold": 64,  # 2 of 512, as its 24 KB of shared memory allow; 32 to 40
+}
+
+
+def kernel_name(symbol: str) -> str:
+    """``ascend`` for _Z16fm_update_kernelIL9fm_update0EEv14fm_cuda_launch."""
+    kind, which = re.search(r"fm_(update|reduce|fold)_kernel(?:I\w*?(\d)EE)?", symbol).groups()  # type: ignore[union-attr]
+    return "fold" if kind == "fold" else (UPDATES if kind == "update" else TERMS)[int(which)]
+
+
+# ---- what nvcc makes of the source ----
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], str]:
+    """PTX by kernel, and what ptxas reports, for sm_90 and with the flags that CMakeLists.txt gives."""
+    folder = tmp_path_factory.mktemp("ptx")
+    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:([^>]*)>", (ROOT / "CMakeLists.txt").read_text())
+    assert flags is not None
+    includes = [f"-I{ROOT / name}" for name in ("csrc", "cuda")]
+    command = [machine.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
+    keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / "kernels.cubin")]
+    source = str(ROOT / "cuda" / "kernels.cu")
+    run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    entries = re.split(r"^\.visible \.entry ", (folder / "kernels.ptx").read_text(), flags=re.MULTILINE)[1:]
+    return {kernel_name(entry): entry for entry in entries}, run.stdout + run.stderr
+
+
+def inexact(ptx: str) -> list[str]:
+    """Instructions whose result another device, or another release of nvcc, may give in other bits.
+
+    Without ``.rn`` an addition or multiplication may be contracted; ``.ftz`` loses subnormals; ``.approx`` and
+    ``.full`` are off by some units in the last place, and ``ex2``, ``lg2``, ``sin``, ``cos``, ``tanh`` and ``rsqrt``
+    come in no other form.
+    """
+    contractible = r"\b(?:add|sub|mul|div|sqrt|fma|mad|rcp)(?!\.rn)(?:\.\w+)*\.f(?:16|32|64)\b.*"
+    approximate = r"\b\w+(?:\.\w+)*\.(?:ftz|approx|full)\b.*|\b(?:ex2|lg2|sin|cos|tanh|rsqrt)\..*"
+    return re.findall(rf"{contractible}|{approximate}", ptx)
+
+
+def disallowed(ptx: str) -> list[str]:
+    """Local memory, where a spilled register or an array goes, and atomics, whose order is not fixed."""
+    return re.findall(r"(?:\w+)?\.local\b.*|\b(?:atom|red)\..*", ptx)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "add.f32 %f1, %f2, %f3;",
+        "fma.rz.f64 %fd1, %fd2, %fd3, %fd4;",
+        "mul.rn.ftz.f32 %f1, %f2, %f3;",
+        "div.approx.f32 %f1, %f2, %f3;",
+        "div.full.f32 %f1, %f2, %f3;",
+        "sqrt.approx.ftz.f32 %f1, %f2;",
+        "lg2.approx.f32 %f1, %f2;",
+    ],
+)
+def test_the_lint_finds_inexact_instructions(line: str) -> None:
+    assert inexact(f"mov.u32 %r1, %r2;\n{line}\nadd.rn.f32 %f4, %f5, %f6;") == [line]
+
+
+@pytest.mark.parametrize(
+    "line", ["st.local.u32 [%rd1], %r1;", ".local .align 8 .b8 depot[64];", "red.global.add.f64 x;"]
+)
+def test_the_lint_finds_local_memory_and_atomics(line: str) -> None:
+    assert disallowed(f"st.global.u32 [%rd1], %r1;\n{line}\nld.param.u32 %r1, [x];") == [line]
+
+
+@pytest.mark.requires("nvcc")
+def test_every_kernel_is_known(compiled: tuple[dict[str, str], str]) -> None:
+    assert set(compiled[0]) == set(REGISTERS)
+
+
+@pytest.mark.requires("nvcc")
+@pytest.mark.parametrize("kernel", REGISTERS)
+def test_ptx_rounds_as_the_source_says(compiled: tuple[dict[str, str], str], kernel: str) -> None:
+    ptx = compiled[0][kernel]
+    assert inexact(ptx) == []
+    assert disallowed(ptx) == []
+
+
+def stated_fmas(operator: str) -> int:
+    """FM_FMA in the formulas fm_<operator>_* of one type."""
+    functions = re.findall(r"^FM_HD .*?^}", FORMULAS.read_text(), re.MULTILINE | re.DOTALL)
+    return sum(f.count("FM_FMA") for f in functions if re.search(rf"FM_NAME\(fm_{operator}_", f.splitlines()[0]))
+
+
+@pytest.mark.requires("nvcc")
+@pytest.mark.parametrize("kernel", REGISTERS)
+def test_ptx_fuses_only_where_the_source_does(compiled: tuple[dict[str, str], str], kernel: str) -> None:
+    """A contraction rounds once where the formula rounds twice. Each stated fma appears for the four elements of a
+    quad, in float and in double; reductions, folds and restore state none."""
+    found = Counter(re.findall(r"\bfma\.rn\.(f32|f64)\b", compiled[0][kernel]))
+    assert found["f32"] == found["f64"] == 4 * stated_fmas(kernel)
+
+
+def test_the_updates_state_their_fmas() -> None:
+    """One for w + step g, four for SGD (decay, buffer, Nesterov, step), three for Adam (decay and both moments)."""
+    assert [stated_fmas(kernel) for kernel in UPDATES] == [1, 0, 4, 3]
+
+
+@pytest.mark.requires("nvcc")
+def test_ptxas_spills_nothing(compiled: tuple[dict[str, str], str]) -> None:
+    _, report = compiled
+    reports = re.split(r"Compiling entry function ", report)[1:]
+    assert {kernel_name(text) for text in reports} == set(REGISTERS)
+    for text in reports:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, text
+        registers = re.search(r"Used (\d+) registers", text)
+        assert registers is not None
+        assert int(registers.group(1)) <= REGISTERS[kernel_name(text)], text
+    assert "warning" not in report
+
+
+# ---- the shipped library ----
+
+
+def dumped(*options: str) -> str:
+    """What cuobjdump says of the library. It calls nvdisasm, which lies beside it."""
+    tool = machine.cuobjdump()
+    path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])
+    run = subprocess.run(
+        [tool, *options, CUDA_LIBRARY], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def expected_code(architectures: str) -> tuple[set[str], set[str]]:
+    """Machine code and PTX that CMake makes of a list such as ``80-real 90;120-virtual``: without a suffix, both."""
+    real, virtual = set(), set()
+    for item in re.split(r"[ ;]+", architectures.strip()):
+        number, _, kind = item.partition("-")
+        if kind in ("real", ""):
+            real.add(f"sm_{number}")
+        if kind in ("virtual", ""):
+            virtual.add(f"sm_{number}")
+    return real, virtual
+
+
+def embedded(option: str) -> set[str]:
+    """Architectures of the embedded files: cuobjdump names those of PTX sm_<number> too."""
+    return set(re.findall(r"^(?:ELF|PTX) file +\d+: .*\.(sm_\w+)\.(?:cubin|ptx)$", dumped(option), re.MULTILINE))
+
+
+@pytest.mark.requires("a build with nvcc")
+def test_the_library_has_code_for_every_architecture() -> None:
+    """Those of a release; a developer's build, narrowed by the variable that the build reads, has those it names."""
+    real, virtual = expected_code(os.environ.get("FM_CUDA_ARCHITECTURES") or RELEASED)
+    assert embedded("-lelf") == real
+    assert embedded("-lptx") == virtual
+
+
+def test_cmake_compiles_for_the_released_architectures() -> None:
+    default = re.search(r"set\(FM_CUDA_ARCHITECTURES (.*?) CACHE", (ROOT / "CMakeLists.txt").read_text())
+    assert default is not None
+    assert default.group(1) == RELEASED
+    assert expected_code(RELEASED) == ({"sm_75", "sm_80", "sm_90", "sm_100", "sm_120"}, {"sm_120"})
+
+
+def resources() -> Iterator[tuple[str, dict[str, int]]]:
+    """Kernel and what it takes, once for each architecture."""
+    for symbol, numbers in re.findall(r"Function (\w+):\s+(REG:.*)", dumped("--dump-resource-usage")):
+        yield kernel_name(symbol), {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+
+
+@pytest.mark.requires("a build with nvcc")
+def test_the_library_keeps_its_register_budget_on_every_architecture() -> None:
+    seen = Counter(name for name, _ in resources())
+    assert set(seen) == set(REGISTERS)
+    assert set(seen.values()) == {len(embedded("-lelf"))}
+    for name, used in resources():
+        assert used["REG"] <= REGISTERS[name], (name, used)
+        assert used["STACK"] == used["LOCAL"] == 0, (name, used)
+
+
+# ---- the library in torch ----
+
+
+def has_kernel(name: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"flatmin::{name}", key))
+
+
+@pytest.mark.requires("a build with nvcc")
+@pytest.mark.requires("a CUDA build of torch")
+@pytest.mark.parametrize("name", _lib.OPERATORS)
+def test_every_operator_has_a_kernel_for_each_device(name: str) -> None:
+    """Sparse keys too: there the call ends in a message that names the argument."""
+    keys = ("CPU", "SparseCPU", "SparseCsrCPU", "CUDA", "SparseCUDA", "SparseCsrCUDA")
+    assert [key for key in keys if not has_kernel(name, key)] == []
+
+
+@pytest.mark.requires("a build with nvcc")
+@pytest.mark.requires("a CUDA build of torch")
+def test_cuda_tensors_take_the_kernels_only_if_the_driver_runs_them() -> None:
+    """Without a driver the library loads, reports that it is not ready, and breaks nothing."""
+    ready = torch.ops.flatmin.cuda_ready()
+    assert ready is ("cuda" in _lib.DEVICES)
+    assert not ready or torch.cuda.is_available()
+
+
+@pytest.mark.requires("a CUDA build of torch")
+def test_shape_functions_take_cuda_tensors() -> None:
+    """Adam's counters stay on the CPU, beside parameters on the device: no mixture to refuse."""
+    with FakeTensorMode():
+        params, steps = [torch.empty(3, device="cuda")], [torch.empty(())]
+        backup = torch.empty(64, dtype=torch.uint8, device="cuda")
+        scalar = torch.empty((), dtype=torch.float64, device="cuda")
+        _lib.OPERATORS["restore_adam_"](
+            params, params, params, params, [], steps, backup, scalar, 0.9, 0.999, 1e-8, 0.0, False, False, False
+        )
+        with pytest.raises(RuntimeError, match="tensors on different devices"):
+            _lib.OPERATORS["restore_sgd_"](
+                params, [torch.empty(3)], [], backup, scalar, 0.0, 0.0, 0.0, False, False, False
+            )
+        assert _lib.OPERATORS["norm"](params, [], 2.0, 0, 0.01).device.type == "cuda"
+
+
+@pytest.mark.requires("a CPU build of torch")
+@pytest.mark.parametrize("name", _lib.OPERATORS)
+def test_a_cpu_build_of_torch_never_loads_the_library(name: str) -> None:
+    """Asked of the loader's own list of libraries too: a library can be loaded and register nothing."""
+    assert has_kernel(name, "CPU")
+    assert not has_kernel(name, "CUDA")
+    assert "cuda" not in _lib.DEVICES
+    assert not hasattr(torch.ops.flatmin, "cuda_ready")
+    assert CUDA_LIBRARY.name not in Path("/proc/self/maps").read_text()
