@@ -25,6 +25,7 @@ RHO, LR, MOMENTUM, EPS = 0.05, 1e-4, 0.9, 1e-12
 GROUP = 64  # limits.c takes this many elements at a time
 
 FLATMIN, TEXTBOOK, COMPILED = "flatmin.SAM", "textbook eager SAM", "torch.compile'd SAM"
+FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
 LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
 READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": True}
@@ -107,6 +108,24 @@ def peer(params: list[Tensor], foreach: bool) -> Step:
     return step
 
 
+def foreach(params: list[Tensor]) -> Step:
+    """As few passes as torch's multi-tensor operators allow, 18 streams, over buffers that are kept."""
+    weights, grads = [p.detach() for p in params], _grads(params)
+    buffers, old = [torch.zeros_like(w) for w in weights], [torch.empty_like(w) for w in weights]
+
+    @torch.no_grad()
+    def step() -> None:
+        scale = RHO / (torch.stack(torch._foreach_norm(grads)).norm() + EPS)
+        torch._foreach_copy_(old, weights)
+        torch._foreach_add_(weights, torch._foreach_mul(grads, scale))
+        torch._foreach_copy_(weights, old)
+        torch._foreach_mul_(buffers, MOMENTUM)
+        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(weights, buffers, alpha=-LR)
+
+    return step
+
+
 @torch.compile(fullgraph=True, dynamic=False)
 def compiled_ascend(params: list[Tensor], grads: list[Tensor], old: list[Tensor]) -> None:
     scale = RHO / (torch.stack([g.norm() for g in grads]).norm() + EPS)
@@ -138,8 +157,8 @@ def compiled(params: list[Tensor]) -> Step:
     return step
 
 
-def builders(with_compile: bool) -> dict[str, Builder]:
-    """The rows by name, flatmin first."""
+def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builder]:
+    """The rows by name, flatmin first. ``with_foreach`` for a GPU: on a CPU the multi-tensor operators are loops."""
     rows: dict[str, Builder] = {
         FLATMIN: flatmin_fused,
         "flatmin.SAM, plain base step": flatmin_plain,
@@ -148,6 +167,8 @@ def builders(with_compile: bool) -> dict[str, Builder]:
     }
     if importlib.util.find_spec("pytorch_optimizer"):
         rows |= {name: functools.partial(peer, foreach=foreach) for name, foreach in PEERS.items()}
+    if with_foreach:
+        rows[FOREACH] = foreach
     if with_compile:
         rows[COMPILED] = compiled
     return rows

@@ -3,6 +3,7 @@
     python benchmarks/sam_step.py                                        # every shape set
     python benchmarks/sam_step.py --shapes resnet50 --rounds 50 --json resnet50.json
     python benchmarks/sam_step.py --quick                                # seconds: does it run?
+    python benchmarks/sam_step.py --device cuda                          # on the first GPU
 
 One step is the norm of the gradients, the perturbation, the restore and SGD with momentum 0.9; the same gradients stand
 in for those of the second backward. Before anything is timed, the rows must agree on the weights after two steps. Every
@@ -16,6 +17,10 @@ what torch allocated beyond parameters, gradients and momentum, in copies of the
 ``limit`` rows move the 10 streams over flat arrays in C (limits.c); the faster of the two is the machine's limit, and
 ``read`` and ``copy`` give the bandwidth of 1 and 2 streams. Rows whose package is not installed are left out, and so
 are the limits without a C compiler (``CC``, else ``cc``).
+
+On a GPU a row's time is that of the device, by CUDA events, with all launches in the queue beforehand; ``host`` is how
+long the host takes to launch a step. The limit is the bandwidth of a copy of 1 GiB, and docs/traffic.md derives what
+each row has to move.
 """
 
 from __future__ import annotations
@@ -33,15 +38,16 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+import gpu
 from rows import (
     COMPILED,
     COPIES,
@@ -79,8 +85,8 @@ EXTRA_COPIES_TARGET = 1.05  # one copy; the rest is alignment and scalars
 
 def parameters(shapes: Sequence[Shape], grads: Sequence[Tensor]) -> list[Tensor]:
     """Parameters with the same values on every call. All rows read one set of gradients, none writes them."""
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    generator, device = torch.Generator().manual_seed(0), grads[0].device
+    params = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     return params
@@ -100,19 +106,21 @@ def milliseconds(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def settle(step: Step) -> None:
+def settled_milliseconds(step: Step) -> float:
+    """After untimed runs. They wake the row's own OpenMP threads, which a backward keeps awake in training, and let
+    those of the row before go to sleep: torch's OpenMP runtime is another than that of limits.c and torch.compile.
+    """
     until = time.perf_counter() + SETTLE_SECONDS
     step()
     while time.perf_counter() < until:
         step()
+    return milliseconds(step)
 
 
-def interleaved(steps: dict[str, Step], rounds: int, label: str) -> dict[str, list[float]]:
-    """Times in ms by row, one per round, in an order that is shuffled: a row can gain or lose by the one before.
-
-    Each row first runs untimed. That wakes its own OpenMP threads, which a backward keeps awake in training, and lets
-    those of the row before go to sleep: torch's OpenMP runtime is another than that of limits.c and torch.compile.
-    """
+def interleaved(
+    steps: dict[str, Step], rounds: int, label: str, timed: Callable[[Step], float]
+) -> dict[str, list[float]]:
+    """Times in ms by row, one per round, in an order that is shuffled: a row can gain or lose by the one before."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffled = list(steps), random.Random(0)
     gc.collect()
@@ -121,8 +129,7 @@ def interleaved(steps: dict[str, Step], rounds: int, label: str) -> dict[str, li
         for _ in tqdm(range(rounds), desc=label, unit="round"):
             shuffled.shuffle(order)
             for name in order:
-                settle(steps[name])
-                times[name].append(milliseconds(steps[name]))
+                times[name].append(timed(steps[name]))
     finally:
         gc.enable()
     return times
@@ -149,50 +156,95 @@ def extra_bytes(build: Builder, shapes: Sequence[Shape], grads: Sequence[Tensor]
     return peak - 2 * sum(g.nbytes for g in grads)
 
 
-def measure(name: str, rounds: int, with_compile: bool, library: ctypes.CDLL | None, folder: Path) -> dict[str, Any]:
+class Machine(NamedTuple):
+    """What differs between a CPU and a GPU."""
+
+    device: torch.device
+    timed: Callable[[Step], float]  # ms
+    extra_bytes: Callable[[Builder, Sequence[Shape], Sequence[Tensor]], int]
+    limits: Callable[[int], dict[str, Step]]  # rows that show the machine's bandwidth, for so many elements
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def cpu(library: ctypes.CDLL | None, folder: Path) -> Machine:
+    def extra(build: Builder, shapes: Sequence[Shape], grads: Sequence[Tensor]) -> int:
+        return extra_bytes(build, shapes, grads, folder)
+
+    def limits(elements: int) -> dict[str, Step]:
+        return limit_steps(library, elements, torch.get_num_threads()) if library is not None else {}
+
+    return Machine(torch.device("cpu"), settled_milliseconds, extra, limits)
+
+
+def first_gpu() -> Machine:
+    def extra(build: Builder, shapes: Sequence[Shape], grads: Sequence[Tensor]) -> int:
+        return gpu.extra_bytes(build, parameters(shapes, grads), WARM_UP_STEPS)
+
+    return Machine(gpu.DEVICE, gpu.milliseconds, extra, lambda _: gpu.copy_step())
+
+
+def measure(name: str, rounds: int, with_compile: bool, machine: Machine) -> dict[str, Any]:
     """Everything about one shape set, as it goes into the JSON."""
     shapes = SHAPE_SETS[name]()
     elements = sum(math.prod(shape) for shape in shapes)
     generator = torch.Generator().manual_seed(1)
-    grads = [1e-2 * torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [(1e-2 * torch.randn(shape, generator=generator)).to(machine.device) for shape in shapes]
     torch.compiler.reset()
-    rows = builders(with_compile)
+    rows = builders(with_compile, with_foreach=machine.is_gpu)
     weights = {row: parameters(shapes, grads) for row in rows}
     steps = {row: build(weights[row]) for row, build in rows.items()}
     warm_up = {row: sum(milliseconds(step) for _ in range(WARM_UP_STEPS)) for row, step in steps.items()}
     check_agreement(weights)
-    if library is not None:
-        steps |= limit_steps(library, elements, torch.get_num_threads())
-    times = interleaved(steps, rounds, name)
+    if moves_data(name):
+        steps |= machine.limits(elements)
+    times = interleaved(steps, rounds, name, machine.timed)
+    host = gpu.host_medians(steps, rounds) if machine.is_gpu else {}
     del steps, weights
-    extra = {row: extra_bytes(build, shapes, grads, folder) / (ITEMSIZE * elements) for row, build in rows.items()}
+    extra = {row: machine.extra_bytes(build, shapes, grads) / (ITEMSIZE * elements) for row, build in rows.items()}
     return {
         "tensors": len(shapes),
         "parameters": elements,
         "compile_seconds": warm_up[COMPILED] / 1e3 if COMPILED in rows else None,
-        "rows": {row: _summary(row, times, elements, extra.get(row)) for row in times},
-        "targets": list(_targets(name, {row: statistics.median(t) for row, t in times.items()}, extra)),
+        "rows": {row: _summary(row, times, elements, extra.get(row), host.get(row)) for row in times},
+        "targets": [] if machine.is_gpu else list(_targets(name, times, extra)),
     }
 
 
-def _summary(row: str, times: dict[str, list[float]], elements: int, extra: float | None) -> dict[str, Any]:
+def moves_data(name: str) -> bool:
+    """``overhead`` is about calls alone: no bandwidth to reach, no loops to fuse."""
+    return name != "overhead"
+
+
+def _moved_bytes(row: str, elements: int) -> int:
+    if row == gpu.COPY:
+        return 2 * gpu.COPY_BYTES
+    return (1 if row == READ else 2 if row in COPIES else STREAMS) * ITEMSIZE * elements
+
+
+def _summary(
+    row: str, times: dict[str, list[float]], elements: int, extra: float | None, host: float | None
+) -> dict[str, Any]:
     median = statistics.median(times[row])
-    streams = 1 if row == READ else 2 if row in COPIES else STREAMS
     quartiles = statistics.quantiles(times[row], n=4, method="inclusive") if len(times[row]) > 1 else [median] * 3
     return {
         "median_ms": median,
         "quartiles_ms": [quartiles[0], quartiles[2]],
         "ratio": median / statistics.median(times[FLATMIN]),
-        "gb_per_s": streams * ITEMSIZE * elements / median / 1e6,
+        "gb_per_s": _moved_bytes(row, elements) / median / 1e6,
         "extra_copies": extra,
+        "host_ms": host,
     }
 
 
 # ---- targets and output ----
 
 
-def _targets(name: str, median: dict[str, float], extra: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """What the project set itself, for the rows that ran."""
+def _targets(name: str, times: dict[str, list[float]], extra: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """What the project set itself on a CPU, for the rows that ran."""
+    median = {row: statistics.median(t) for row, t in times.items()}
     for rivals, required, goal in SPEED_TARGETS.get(name, []):
         present = [row for row in rivals if row in median]
         if present:
@@ -216,11 +268,17 @@ def _target(what: str, measured: float, required: float, met: bool, goal: float 
 
 
 def print_report(name: str, result: dict[str, Any]) -> None:
+    on_gpu = result["rows"][FLATMIN]["host_ms"] is not None
     print(f"\n{name}: {result['tensors']} tensors, {result['parameters']:,} parameters")
-    print(f"  {'row':34} {'ms':>9} {'ratio':>7} {'GB/s':>7} {'extra':>7}")
+    print(f"  {'row':34} {'ms':>9} {'ratio':>7} {'GB/s':>7} {'extra':>7} {'host' if on_gpu else '':>7}".rstrip())
     for row, values in result["rows"].items():
-        extra = "" if values["extra_copies"] is None else f"{values['extra_copies']:7.2f}"
-        print(f"  {row:34} {values['median_ms']:9.3f} {values['ratio']:7.2f} {values['gb_per_s']:7.1f} {extra}")
+        extra = "" if values["extra_copies"] is None else f"{values['extra_copies']:.2f}"
+        host = "" if values["host_ms"] is None else f"{values['host_ms']:.3f}"
+        numbers = f"{values['median_ms']:9.3f} {values['ratio']:7.2f} {values['gb_per_s']:7.1f}"
+        print(f"  {row:34} {numbers} {extra:>7} {host:>7}".rstrip())
+    if gpu.COPY in result["rows"]:
+        share = result["rows"][FLATMIN]["gb_per_s"] / result["rows"][gpu.COPY]["gb_per_s"]
+        print(f"  {FLATMIN} moves its {STREAMS} streams at {share:.0%} of the bandwidth of a copy")
     if result["compile_seconds"] is not None:
         print(f"  torch.compile took {result['compile_seconds']:.0f} s, not in its row")
     for target in result["targets"]:
@@ -252,6 +310,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time one SAM step of flatmin and of its peers, side by side.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPE_SETS), default=list(SHAPE_SETS), metavar="SET")
     parser.add_argument("--rounds", type=int, default=30, help="steps per row, at least 1 (default 30)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU (default cpu)")
     parser.add_argument("--threads", type=int, default=2, help="for every row (default 2)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured here")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
@@ -261,6 +320,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.shapes, args.rounds, args.no_compile = ["mnist"], 3, True
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
+    if args.device == "cuda" and (reason := gpu.unusable()):
+        parser.error(f"--device cuda: {reason}")
     return args
 
 
@@ -269,16 +330,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise prints two lines on stderr for every row
     report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "shapes": {}}
+    if args.device == "cuda":
+        report["environment"] |= gpu.environment()
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
     if report["environment"]["load"] > BUSY_LOAD:
         print("note: this machine is busy (load); repeat on an idle one before quoting a number")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
-        library = compile_limits(Path(folder))
+        on_gpu = args.device == "cuda"
+        machine = first_gpu() if on_gpu else cpu(compile_limits(Path(folder)), Path(folder))
         for name in args.shapes:
-            moves_data = name != "overhead"  # which is about calls alone: no bandwidth to reach, no loops to fuse
-            with_compile, limits = moves_data and not args.no_compile, library if moves_data else None
-            report["shapes"][name] = measure(name, args.rounds, with_compile, limits, Path(folder))
+            with_compile = moves_data(name) and not args.no_compile
+            report["shapes"][name] = measure(name, args.rounds, with_compile, machine)
             print_report(name, report["shapes"][name])
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
