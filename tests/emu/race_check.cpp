@@ -5,8 +5,8 @@
  * every access to memory. They are linked with this file in place of ThreadSanitizer's own library, whose model is
  * another one (host threads, locks). CUDA's is simple: two accesses of one launch, at least one of them a write, are
  * ordered if one thread makes both, or if a barrier of their common block lies between; blocks are never ordered, and a
- * shuffle orders no memory. Time is cut into intervals at launches, blocks and barriers. As blocks run one after another,
- * comparing the intervals of two accesses tells all of that. */
+ * shuffle orders no memory. Time is cut into intervals at launches, blocks and barriers. As blocks run one after
+ * another, comparing the intervals of two accesses tells all of that. */
 #include "race_check.h"
 
 #include <stdio.h>
@@ -156,10 +156,10 @@ void __tsan_init(void) { state.instrumented = true; }
 void __tsan_func_entry(void *) {}
 void __tsan_func_exit(void) {}
 
-#define FM_RACE_HOOKS(size)                                                         \
-  void __tsan_read##size(void *at) { access(at, size, read_byte); }                 \
-  void __tsan_write##size(void *at) { access(at, size, write_byte); }               \
-  void __tsan_unaligned_read##size(void *at) { access(at, size, read_byte); }       \
+#define FM_RACE_HOOKS(size)                                                   \
+  void __tsan_read##size(void *at) { access(at, size, read_byte); }           \
+  void __tsan_write##size(void *at) { access(at, size, write_byte); }         \
+  void __tsan_unaligned_read##size(void *at) { access(at, size, read_byte); } \
   void __tsan_unaligned_write##size(void *at) { access(at, size, write_byte); }
 FM_RACE_HOOKS(1)
 FM_RACE_HOOKS(2)

@@ -282,7 +282,8 @@ static void test_arguments_are_copied() {
 
 /* ---- orders ---- */
 
-/* Each thread takes the next number: a race on purpose, which tells the order (not in a build that checks for races). */
+/* Each thread takes the next number: a race on purpose, which tells the order (not in a build that checks for races).
+ */
 __global__ void take_numbers(int *next, int *number) { number[blockIdx.x * blockDim.x + threadIdx.x] = (*next)++; }
 
 constexpr int takers = 4 * 32;
