@@ -40,7 +40,7 @@ $(VENV)/.test-tools: $(VENV)/.torch
 # One wheel file for every environment: a second VENV installs the one that the first built and tested.
 wheel: dist/.built
 dist/.built: $(SOURCES) | $(VENV)/.created
-	rm -rf dist build
+	rm -rf dist build/bdist.* build/lib* build/temp.*
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	touch $@
 

@@ -226,7 +226,9 @@ void wait(thread_state state, fm_emu_site site) {
   leave();
 }
 
-bool same_site(const fm_emu_site &a, const fm_emu_site &b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same_site(const fm_emu_site &a, const fm_emu_site &b) {
+  return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
+}
 
 std::string doing(int id) {
   const thread &t = block.threads[id];
