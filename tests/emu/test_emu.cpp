@@ -288,13 +288,17 @@ __global__ void take_numbers(int *next, int *number) { number[blockIdx.x * block
 
 constexpr int takers = 4 * 32;
 
-static std::vector<int> numbers(const char *order) {
+static std::vector<int> numbers() {
   int next = 0;
   std::vector<int> number(takers);
-  set_order(order);
   FM_LAUNCH(take_numbers, 4, 32, nullptr, &next, number.data());
   CHECK(next == takers, "%d threads ran", next);
   return number;
+}
+
+static std::vector<int> numbers(const char *order) {
+  set_order(order);
+  return numbers();
 }
 
 static void test_orders() {
@@ -309,6 +313,16 @@ static void test_orders() {
   for (const char *wrong : {"", "backward", "random:", "random:x", "random:1x", "reverse "}) {
     CHECK(!fm_emu_set_order(wrong), "'%s' is no order", wrong);
   }
+}
+
+/* With FM_EMU_ORDER=reverse, and with a value that names no order. */
+static void test_order_from_environment() { CHECK(numbers() == numbers("reverse"), "FM_EMU_ORDER=reverse"); }
+
+static void test_wrong_environment() {
+  double value = 0.0;
+  FM_LAUNCH(all_write, 1, 1, nullptr, &value);
+  expect_error("FM_EMU_ORDER: 'sideways' is none of forward, reverse, random, random:SEED");
+  CHECK(value == 0.0, "nothing runs after an error");
 }
 
 /* ---- launches ---- */
@@ -380,6 +394,8 @@ int main(int argc, char **argv) {
                {"shuffles", test_shuffles},
                {"arguments_are_copied", test_arguments_are_copied},
                {"orders", test_orders},
+               {"order_from_environment", test_order_from_environment},
+               {"wrong_environment", test_wrong_environment},
                {"launches", test_launches},
                {"out_of_bounds", test_out_of_bounds},
                {"out_of_shared_bounds", test_out_of_shared_bounds},
