@@ -53,6 +53,7 @@ $(VENV)/.torchvision: $(VENV)/.torch
 	touch $@
 
 mnist: $(VENV)/.installed $(if $(DATA),,$(VENV)/.torchvision)
+	mkdir -p out
 	$(BIN)/python examples/mnist.py $(if $(DATA),--data '$(DATA)') --epochs $(EPOCHS) --plot out/mnist.png $(ARGS)
 
 test: ctest pytest
