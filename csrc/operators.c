@@ -189,9 +189,9 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
     EPS,
     WEIGHT_DECAY,
     DECOUPLED,
-    AMSGRAD
+    AMSGRAD,
+    MAXIMIZE
   };
-  enum { MAXIMIZE = AMSGRAD + 1 };
   (void)stack;
   const fm_written written[] = {{PARAMS, FM_STEP_PARAM},
                                 {BACKUP, FM_STEP_OLD},
