@@ -5,14 +5,8 @@
 
 #include "torch_args.h"
 
-typedef enum fm_operator {
-  FM_OP_NORM,
-  FM_OP_TIES,
-  FM_OP_ASCEND,
-  FM_OP_RESTORE,
-  FM_OP_RESTORE_SGD,
-  FM_OP_RESTORE_ADAM
-} fm_operator;
+/* What a backend is asked for: a reduction, or an update of the table in fm_math.h. */
+typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
 
 typedef struct fm_backend {
   /* Sparse keys too: a sparse tensor sends the call there, and the checks then name the argument. NULL ends the list.
@@ -22,9 +16,10 @@ typedef struct fm_backend {
   int32_t (*device_type)(void);
   int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for */
   int (*isa)(void);
-  /* Runs an operator whose arguments are checked. `scalars` and `result` (reductions) lie on the device. */
-  bool (*run)(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
-              double *result);
+  /* Runs an operator whose arguments are checked. `scalars` and `result` lie on the device; an update writes to
+   * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */
+  bool (*run)(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
+              const fm_scalars *scalars, double *result);
 } fm_backend;
 
 extern const fm_backend fm_this_backend;

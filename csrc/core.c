@@ -1,6 +1,7 @@
 /* The operators on plain views: plans a list, runs a kernel over its chunks, folds partial results. */
 #include "fm_ops.h"
 
+#include <assert.h>
 #include <unistd.h>
 
 /* A store past the caches saves reading the line that it overwrites, but the next pass must fetch what it wrote from
@@ -34,9 +35,9 @@ static void run_range(int64_t begin, int64_t end, void *context) {
 static void run(fm_kernel *kernel, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
   int64_t elements = 0, bytes = 0;
   for (int64_t r = 0; r < list->count; r++) {
-    const fm_view *first = &list->rows[r].operand[0];
-    elements += first->numel;
-    bytes += first->numel * (int64_t)fm_dtype_size(first->dtype);
+    const fm_row *row = &list->rows[r];
+    elements += row->numel;
+    bytes += row->numel * (row->wide ? 8 : (int64_t)fm_dtype_size(row->operand[FM_PARAM].dtype));
   }
   const int64_t chunks = list->first_chunk[list->count];
   fm_run r = {{list, options, exceeds_cache(bytes)}, kernel};
@@ -60,20 +61,26 @@ static fm_sum fold_partials(fm_sum *partials, int64_t n, int term) {
       partials[n / 2] = partials[n - 1];
     }
   }
-  const fm_sum none = {0.0, 0.0, 0.0};
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
   return n ? partials[0] : none;
 }
 
+static fm_sum fold_row(const fm_list *list, int64_t r, int term) {
+  const int64_t first = list->first_chunk[r];
+  return fold_partials(list->partials + first, list->first_chunk[r + 1] - first, term);
+}
+
 static fm_sum reduce(int term, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  fm_kernel *const kernels[] = {fm_active_kernels->square_sum, fm_active_kernels->power_sum, fm_active_kernels->largest,
-                                fm_active_kernels->ties}; /* in the order of FM_TERM_... */
-  run(kernels[term], list, options, parallel_for);
+  run(fm_active_kernels->reduce[term], list, options, parallel_for);
   return fold_partials(list->partials, list->first_chunk[list->count], term);
 }
 
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
   if (options->q == 2.0) {
     return fm_sum_root(reduce(FM_TERM_SQUARE, list, options, parallel_for));
+  }
+  if (options->q == 1.0 && !fm_any_wide(list)) {
+    return reduce(FM_TERM_MAGNITUDE, list, options, parallel_for).mid;
   }
   const double m = reduce(FM_TERM_LARGEST, list, options, parallel_for).mid;
   if (fm_norm_is_largest(m, options->q)) {
@@ -90,20 +97,28 @@ double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for p
   return reduce(FM_TERM_TIES, list, options, parallel_for).mid;
 }
 
-/* ---- element-wise operators ---- */
-
-void fm_sam_ascend(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->ascend, list, options, parallel_for);
+void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
+  run(fm_active_kernels->reduce[FM_TERM_PACGEN], list, options, parallel_for);
+  for (int64_t r = 0; r < list->count; r++) {
+    const fm_sum sum = fold_row(list, r, FM_TERM_PACGEN);
+    result[2 * r] = fm_pacgen_of(sum);
+    result[2 * r + 1] = sum.rest;
+  }
 }
 
-void fm_restore(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->restore, list, options, parallel_for);
+void fm_row_norms(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
+  run(fm_active_kernels->reduce[FM_TERM_SQUARE], list, options, parallel_for);
+  for (int64_t r = 0; r < list->count; r++) {
+    result[r] = fm_sum_root(fold_row(list, r, FM_TERM_SQUARE));
+  }
 }
 
-void fm_restore_sgd(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->restore_sgd, list, options, parallel_for);
-}
+/* ---- updates ---- */
 
-void fm_restore_adam(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->restore_adam, list, options, parallel_for);
+fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
+  const int tally = fm_shape_of(update).tally;
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+  assert(update < FM_UPDATE_COUNT);
+  run(fm_active_kernels->update[update], list, options, parallel_for);
+  return tally < 0 ? none : fold_partials(list->partials, list->first_chunk[list->count], tally);
 }

@@ -38,10 +38,11 @@ FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, int scaling, const fm_o
   return w + (FM_REAL)(g > 0 ? e : g < 0 ? -e : 0.0);
 }
 
-/* torch.optim.SGD, in torch's order and with its roundings: each add with a factor is one fma. */
+/* torch.optim.SGD, in torch's order and with its roundings: each add with a factor is one fma. A flag is a number, 0 or
+ * 1: gcc 12 vectorises a choice by a number that does not change in the loop, and none by such a bool. */
 typedef struct FM_NAME(fm_sgd) {
   FM_REAL minus_lr, momentum, one_minus_dampening, weight_decay;
-  bool first_step, nesterov, maximize;
+  FM_REAL first_step, nesterov, maximize;
 } FM_NAME(fm_sgd);
 
 FM_HD FM_NAME(fm_sgd) FM_NAME(fm_sgd_of)(const fm_options *o) {
@@ -50,23 +51,23 @@ FM_HD FM_NAME(fm_sgd) FM_NAME(fm_sgd_of)(const fm_options *o) {
   sgd.momentum = (FM_REAL)o->momentum;
   sgd.one_minus_dampening = (FM_REAL)(1.0 - o->dampening);
   sgd.weight_decay = (FM_REAL)o->weight_decay;
-  sgd.first_step = o->first_step;
-  sgd.nesterov = o->nesterov;
-  sgd.maximize = o->maximize;
+  sgd.first_step = (FM_REAL)o->first_step;
+  sgd.nesterov = (FM_REAL)o->nesterov;
+  sgd.maximize = (FM_REAL)o->maximize;
   return sgd;
 }
 
 FM_HD FM_REAL FM_NAME(fm_sgd_direction)(FM_REAL w, FM_REAL g, const FM_NAME(fm_sgd) * o) {
-  FM_REAL d = o->maximize ? -g : g;
+  FM_REAL d = o->maximize != 0 ? -g : g;
   return o->weight_decay != 0 ? FM_FMA(o->weight_decay, w, d) : d;
 }
 
 FM_HD FM_REAL FM_NAME(fm_sgd_buffer)(FM_REAL d, FM_REAL buffer, const FM_NAME(fm_sgd) * o) {
-  return o->first_step ? d : FM_FMA(o->one_minus_dampening, d, o->momentum * buffer);
+  return o->first_step != 0 ? d : FM_FMA(o->one_minus_dampening, d, o->momentum * buffer);
 }
 
 FM_HD FM_REAL FM_NAME(fm_sgd_look_ahead)(FM_REAL d, FM_REAL buffer, const FM_NAME(fm_sgd) * o) {
-  return o->nesterov ? FM_FMA(o->momentum, buffer, d) : buffer;
+  return o->nesterov != 0 ? FM_FMA(o->momentum, buffer, d) : buffer;
 }
 
 FM_HD FM_REAL FM_NAME(fm_sgd_step)(FM_REAL w, FM_REAL d, const FM_NAME(fm_sgd) * o) {
@@ -77,7 +78,8 @@ FM_HD FM_REAL FM_NAME(fm_sgd_step)(FM_REAL w, FM_REAL d, const FM_NAME(fm_sgd) *
 typedef struct FM_NAME(fm_adam) {
   FM_REAL one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, shrink; /* shrink = 1 - lr * weight_decay */
   FM_REAL minus_step_size, root_bias_correction2;
-  bool decoupled, amsgrad, maximize;
+  FM_REAL l2; /* weight decay that is part of the gradient: AdamW has none */
+  FM_REAL decoupled, maximize;
 } FM_NAME(fm_adam);
 
 FM_HD FM_NAME(fm_adam) FM_NAME(fm_adam_of)(const fm_options *o, double bias_correction1, double root_bias_correction) {
@@ -90,15 +92,15 @@ FM_HD FM_NAME(fm_adam) FM_NAME(fm_adam_of)(const fm_options *o, double bias_corr
   adam.shrink = (FM_REAL)(1.0 - o->lr * o->weight_decay);
   adam.minus_step_size = (FM_REAL) - (o->lr / bias_correction1);
   adam.root_bias_correction2 = (FM_REAL)root_bias_correction;
-  adam.decoupled = o->decoupled;
-  adam.amsgrad = o->amsgrad;
-  adam.maximize = o->maximize;
+  adam.l2 = o->decoupled ? (FM_REAL)0 : adam.weight_decay;
+  adam.decoupled = (FM_REAL)o->decoupled;
+  adam.maximize = (FM_REAL)o->maximize;
   return adam;
 }
 
 FM_HD FM_REAL FM_NAME(fm_adam_gradient)(FM_REAL w, FM_REAL g, const FM_NAME(fm_adam) * o) {
-  FM_REAL d = o->maximize ? -g : g;
-  return o->weight_decay != 0 && !o->decoupled ? FM_FMA(o->weight_decay, w, d) : d;
+  FM_REAL d = o->maximize != 0 ? -g : g;
+  return o->l2 != 0 ? FM_FMA(o->l2, w, d) : d;
 }
 
 FM_HD FM_REAL FM_NAME(fm_adam_mean)(FM_REAL m, FM_REAL d, const FM_NAME(fm_adam) * o) {
@@ -115,7 +117,193 @@ FM_HD FM_REAL FM_NAME(fm_adam_largest)(FM_REAL largest, FM_REAL v) {
 }
 
 FM_HD FM_REAL FM_NAME(fm_adam_step)(FM_REAL w, FM_REAL m, FM_REAL v, const FM_NAME(fm_adam) * o) {
-  FM_REAL start = o->decoupled ? w * o->shrink : w;
+  FM_REAL start = o->decoupled != 0 ? w * o->shrink : w;
   FM_REAL denominator = FM_SQRT(v) / o->root_bias_correction2 + o->eps;
   return start + o->minus_step_size * (m / denominator);
+}
+
+/* ---- noise by curvature (Wang et al. 2018, arXiv 1809.07402) ---- */
+
+typedef struct FM_NAME(fm_noise) {
+  FM_REAL gamma, eps, scale, lipschitz, curvature_scale;
+} FM_NAME(fm_noise);
+
+FM_HD FM_NAME(fm_noise) FM_NAME(fm_noise_of)(const fm_options *o) {
+  FM_NAME(fm_noise) noise;
+  noise.gamma = (FM_REAL)o->gamma;
+  noise.eps = (FM_REAL)o->eps;
+  noise.scale = (FM_REAL)o->scale;
+  noise.lipschitz = (FM_REAL)o->lipschitz;
+  noise.curvature_scale = (FM_REAL)o->curvature_scale;
+  return noise;
+}
+
+/* N = gamma |w| + eps. */
+FM_HD FM_REAL FM_NAME(fm_neighbourhood)(FM_REAL w, const FM_NAME(fm_noise) * o) {
+  return FM_FMA(o->gamma, FM_ABS(w), o->eps);
+}
+
+/* Square root of c = max(h + rho N, 0); a NaN stays one. */
+FM_HD FM_REAL FM_NAME(fm_root_curvature)(FM_REAL h, FM_REAL lipschitz, FM_REAL n, const FM_NAME(fm_noise) * o) {
+  const FM_REAL c = FM_FMA(o->lipschitz * lipschitz, n, o->curvature_scale * h);
+  return FM_SQRT(c < 0 ? (FM_REAL)0 : c);
+}
+
+/* w + sigma xi; w itself where sigma is 0 or not finite. A given size may be negative: the other side of w. */
+FM_HD FM_REAL FM_NAME(fm_add_noise)(FM_REAL w, FM_REAL sigma, FM_REAL xi) {
+  return sigma != 0 && FM_ABS(sigma) < FM_HUGE ? FM_FMA(sigma, xi, w) : w;
+}
+
+/* A normal variable cut at a >= 1 of its standard deviations, from a uniform one: Phi^-1(Phi(-a) + U (Phi(a) -
+ * Phi(-a))), which by symmetry is the quantile of a mass. In float whatever the type: noise has no digits to lose. */
+FM_HD FM_REAL FM_NAME(fm_truncate)(FM_REAL uniform, FM_REAL a) {
+  const float cut = (float)(a < (FM_REAL)8 ? a : (FM_REAL)8);
+  const float x = fm_normal_quantile((float)uniform * fm_normal_mass(cut));
+  return (FM_REAL)(x > cut ? cut : x < -cut ? -cut : x);
+}
+
+/* ---- averages of a curvature, and difference quotients ---- */
+
+typedef struct FM_NAME(fm_average) {
+  FM_REAL decay, one_minus_decay, lipschitz_decay, one_minus_lipschitz_decay, min_step, before, after, source_scale;
+} FM_NAME(fm_average);
+
+FM_HD FM_NAME(fm_average) FM_NAME(fm_average_of)(const fm_options *o) {
+  FM_NAME(fm_average) average;
+  average.decay = (FM_REAL)o->decay;
+  average.one_minus_decay = (FM_REAL)(1.0 - o->decay);
+  average.lipschitz_decay = (FM_REAL)o->lipschitz_decay;
+  average.one_minus_lipschitz_decay = (FM_REAL)(1.0 - o->lipschitz_decay);
+  average.min_step = (FM_REAL)o->min_step;
+  average.before = (FM_REAL)o->correction_before;
+  average.after = (FM_REAL)o->correction_after;
+  average.source_scale = (FM_REAL)o->source_scale;
+  return average;
+}
+
+FM_HD FM_REAL FM_NAME(fm_average_curvature)(FM_REAL h, FM_REAL x, const FM_NAME(fm_average) * o) {
+  return FM_FMA(o->one_minus_decay, o->source_scale * x, o->decay * h);
+}
+
+/* |k' h' - k h| over a step of the weight, 0 where it is none or h held nothing; NaN stays. */
+FM_HD FM_REAL FM_NAME(fm_quotient)(FM_REAL step, FM_REAL h, FM_REAL new_h, const FM_NAME(fm_average) * o) {
+  const FM_REAL change = FM_ABS(FM_FMA(o->after, new_h, -(o->before * h)));
+  return step > o->min_step && o->before != 0 ? change / step : (FM_REAL)0;
+}
+
+FM_HD FM_REAL FM_NAME(fm_average_lipschitz)(FM_REAL rho, FM_REAL quotient, FM_REAL step,
+                                            const FM_NAME(fm_average) * o) {
+  const FM_REAL mixed = FM_FMA(o->one_minus_lipschitz_decay, quotient, o->lipschitz_decay * rho);
+  return step > o->min_step && o->before != 0 ? mixed : rho;
+}
+
+/* ---- the updates: one element's operands, read and written in place ---- */
+
+/* The constants of every rule; an update sets those that it uses. */
+typedef struct FM_NAME(fm_rule) {
+  const fm_options *options;
+  FM_REAL step, eta;
+  FM_NAME(fm_sgd) sgd;
+  FM_NAME(fm_adam) adam;
+  FM_NAME(fm_noise) noise;
+  FM_NAME(fm_average) average;
+} FM_NAME(fm_rule);
+
+FM_HD void FM_NAME(fm_set_rule)(FM_NAME(fm_rule) * rule, fm_update update, const fm_options *o, const fm_traits *t) {
+  rule->options = o;
+  switch (update) {
+    case FM_ASCEND:
+      rule->step = (FM_REAL)(o->rho / (o->norm + o->eps));
+      rule->eta = (FM_REAL)o->eta;
+      break;
+    case FM_RESTORE_SGD_CURVATURE: rule->average = FM_NAME(fm_average_of)(o); /* fall through */
+    case FM_RESTORE_SGD: rule->sgd = FM_NAME(fm_sgd_of)(o); break;
+    case FM_RESTORE_ADAM_CURVATURE: rule->average = FM_NAME(fm_average_of)(o); /* fall through */
+    case FM_RESTORE_ADAM: rule->adam = FM_NAME(fm_adam_of)(o, t->bias_correction1, t->root_bias_correction); break;
+    case FM_SCALED_NOISE: rule->noise = FM_NAME(fm_noise_of)(o); break;
+    case FM_AVERAGE: rule->average = FM_NAME(fm_average_of)(o); break;
+    default: break;
+  }
+}
+
+FM_HD void FM_NAME(fm_apply_sgd)(FM_REAL *v, const FM_NAME(fm_sgd) * o, bool momentum) {
+  FM_REAL d = FM_NAME(fm_sgd_direction)(v[FM_OLD], v[FM_GRAD], o);
+  if (momentum) {
+    v[FM_BUFFER] = FM_NAME(fm_sgd_buffer)(d, v[FM_BUFFER], o);
+    d = FM_NAME(fm_sgd_look_ahead)(d, v[FM_BUFFER], o);
+  }
+  v[FM_PARAM] = FM_NAME(fm_sgd_step)(v[FM_OLD], d, o);
+}
+
+FM_HD void FM_NAME(fm_apply_adam)(FM_REAL *v, const FM_NAME(fm_adam) * o, bool amsgrad) {
+  const FM_REAL d = FM_NAME(fm_adam_gradient)(v[FM_OLD], v[FM_GRAD], o);
+  v[FM_MEAN] = FM_NAME(fm_adam_mean)(v[FM_MEAN], d, o);
+  v[FM_SQUARE] = FM_NAME(fm_adam_square)(v[FM_SQUARE], d, o);
+  FM_REAL square = v[FM_SQUARE];
+  if (amsgrad) {
+    square = FM_NAME(fm_adam_largest)(v[FM_LARGEST], square);
+    v[FM_LARGEST] = square;
+  }
+  v[FM_PARAM] = FM_NAME(fm_adam_step)(v[FM_OLD], v[FM_MEAN], square, o);
+}
+
+/* Feeds the average with x and takes the quotient over the displacement of the weight; NaN if the average broke. */
+FM_HD void FM_NAME(fm_apply_average)(FM_REAL *v, FM_REAL x, const FM_NAME(fm_average) * o) {
+  const FM_REAL h = v[FM_CURVATURE], step = FM_ABS(v[FM_PARAM] - v[FM_OLD]);
+  v[FM_CURVATURE] = FM_NAME(fm_average_curvature)(h, x, o);
+  const FM_REAL quotient = FM_NAME(fm_quotient)(step, h, v[FM_CURVATURE], o);
+  v[FM_LIPSCHITZ] = FM_NAME(fm_average_lipschitz)(v[FM_LIPSCHITZ], quotient, step, o);
+  v[FM_TALLY] = quotient + (v[FM_CURVATURE] - v[FM_CURVATURE]);
+}
+
+FM_HD void FM_NAME(fm_apply_noise)(FM_REAL *v, const FM_NAME(fm_noise) * o, int sizing, bool truncated) {
+  const FM_REAL n = sizing == FM_SIZE_GIVEN ? v[FM_CURVATURE] : FM_NAME(fm_neighbourhood)(v[FM_PARAM], o);
+  FM_REAL sigma = o->scale * n;
+  FM_REAL cut = (FM_REAL)1, capped = (FM_REAL)0;
+  if (sizing == FM_SIZE_CURVATURE) {
+    const FM_REAL root = FM_NAME(fm_root_curvature)(v[FM_CURVATURE], v[FM_LIPSCHITZ], n, o);
+    const FM_REAL reach = n * root, free = o->scale / root, ratio = reach / o->scale;
+    const bool cap = reach <= o->scale;
+    sigma = cap ? n : free;
+    sigma = o->scale != 0 ? sigma : (FM_REAL)0; /* 0 / 0 where c is 0 too */
+    capped = cap ? (FM_REAL)1 : (FM_REAL)0;
+    cut = cap ? (FM_REAL)1 : ratio; /* N / sigma */
+  }
+  const bool finite = FM_ABS(sigma) < FM_HUGE;
+  const FM_REAL xi = truncated ? FM_NAME(fm_truncate)(v[FM_DRAW], cut) : v[FM_DRAW];
+  v[FM_PARAM] = FM_NAME(fm_add_noise)(v[FM_PARAM], sigma, xi);
+  v[FM_TALLY] = finite ? sigma : (FM_REAL)0;
+  v[FM_TALLY + 1] = capped;
+  v[FM_TALLY + 2] = finite ? (FM_REAL)0 : (FM_REAL)1;
+}
+
+/* One element of an update. `update` and `form` (see fm_form in fm_math.h) are constants where this is inlined. */
+FM_HD void FM_NAME(fm_apply)(fm_update update, int form, FM_REAL *v, const FM_NAME(fm_rule) * rule) {
+  switch (update) {
+    case FM_ASCEND:
+      v[FM_PARAM] = form < FM_FORM_ANY_POWER
+                        ? FM_NAME(fm_ascend_2)(v[FM_PARAM], v[FM_GRAD], rule->step, form, rule->eta)
+                        : FM_NAME(fm_ascend_q)(v[FM_PARAM], v[FM_GRAD], form - FM_FORM_ANY_POWER, rule->options);
+      break;
+    case FM_RESTORE_SGD: FM_NAME(fm_apply_sgd)(v, &rule->sgd, form); break;
+    case FM_RESTORE_ADAM: FM_NAME(fm_apply_adam)(v, &rule->adam, form); break;
+    case FM_RESTORE_SGD_CURVATURE:
+      FM_NAME(fm_apply_sgd)(v, &rule->sgd, form);
+      FM_NAME(fm_apply_average)(v, v[FM_GRAD] * v[FM_GRAD], &rule->average);
+      break;
+    case FM_RESTORE_ADAM_CURVATURE:
+      FM_NAME(fm_apply_adam)(v, &rule->adam, form);
+      FM_NAME(fm_apply_average)(v, v[FM_GRAD] * v[FM_GRAD], &rule->average);
+      break;
+    case FM_SCALED_NOISE: FM_NAME(fm_apply_noise)(v, &rule->noise, form / 2, form % 2); break;
+    case FM_AVERAGE:
+      FM_NAME(fm_apply_average)(v,
+                                form == FM_SOURCE_SQUARE   ? v[FM_GRAD] * v[FM_GRAD]
+                                : form == FM_SOURCE_PROBED ? v[FM_DRAW] * v[FM_GRAD]
+                                                           : v[FM_GRAD],
+                                &rule->average);
+      break;
+    case FM_PROBE: v[FM_PARAM] = v[FM_DRAW]; break;
+    default: break;
+  }
 }

@@ -7,16 +7,7 @@
 #ifndef FM_MATH_H
 #define FM_MATH_H
 
-#include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
-
-#ifdef __CUDACC__
-#define FM_HD static __host__ __device__ __forceinline__
-#else
-#define FM_HD static inline
-#endif
+#include "fm_random.h"
 
 /* Adaptive conventions T(w) of ASAM and its relatives (Kwon et al. 2021, arXiv 2102.11600, and two others in use). */
 enum {
@@ -25,32 +16,6 @@ enum {
   FM_SCALE_DAVDA54 = 2,    /* T = |w| */
   FM_SCALE_BIG_VISION = 3, /* T = |w| on the perturbation only: the norm and its powers see g itself */
 };
-
-/* ---- bit casts ---- */
-
-FM_HD uint32_t fm_bits_f32(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-FM_HD float fm_f32_bits(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-FM_HD uint64_t fm_bits_f64(double x) {
-  uint64_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-FM_HD double fm_f64_bits(uint64_t u) {
-  double x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
 
 /* ---- 16-bit types, in integers: gcc 12 has no vectorised conversion for either, and these vectorise ---- */
 
@@ -113,43 +78,6 @@ FM_HD uint16_t fm_f32_to_f16_random(float x, uint32_t random) {
   return a >= 0x477ff000u ? fm_f32_to_f16(x) : (uint16_t)(sign | h);
 }
 
-/* ---- Philox4x32-10 (Salmon et al. 2011), the counter-based generator of Random123 ---- */
-
-typedef struct fm_quad {
-  uint32_t lane[4];
-} fm_quad;
-
-FM_HD fm_quad fm_philox(fm_quad counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = counter.lane[0], c1 = counter.lane[1], c2 = counter.lane[2], c3 = counter.lane[3];
-  for (int round = 0; round < 10; round++) {
-    uint64_t m0 = (uint64_t)0xD2511F53u * c0, m1 = (uint64_t)0xCD9E8D57u * c2;
-    uint32_t n0 = (uint32_t)(m1 >> 32) ^ c1 ^ key0, n2 = (uint32_t)(m0 >> 32) ^ c3 ^ key1;
-    c1 = (uint32_t)m1;
-    c3 = (uint32_t)m0;
-    c0 = n0;
-    c2 = n2;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  fm_quad out;
-  out.lane[0] = c0;
-  out.lane[1] = c1;
-  out.lane[2] = c2;
-  out.lane[3] = c3;
-  return out;
-}
-
-/* Element i of a tensor owns lane i % 4 of quad i / 4, so its value depends on (seed, step, tensor, i) alone: not on
- * threads, blocks, instruction set or device. */
-FM_HD fm_quad fm_random_quad(uint64_t seed, uint64_t step, uint32_t tensor, uint64_t quad) {
-  fm_quad counter;
-  counter.lane[0] = (uint32_t)quad;
-  counter.lane[1] = (uint32_t)(quad >> 32);
-  counter.lane[2] = tensor;
-  counter.lane[3] = (uint32_t)step;
-  return fm_philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
-}
-
 /* ---- x^y for finite x >= 0 and y > 0, relative error below 1e-12 over the whole range of results ---- */
 
 FM_HD double fm_log2(double x) {
@@ -195,18 +123,24 @@ FM_HD double fm_pow_int(double base, int64_t n) {
   return result;
 }
 
-/* ---- sums of squares that neither overflow nor underflow ---- */
+/* ---- partial results ---- */
 
-/* Blue's three ranges (1978; as in LAPACK's dnrm2): terms are scaled so that their squares stay normal numbers.
- * float32, bfloat16 and float16 never leave the middle: the square of any of them is an exact normal float64. */
+/* What a chunk adds to a reduction, by term:
+ *   squares of float64   mid, big and small: Blue's three ranges (1978; as in LAPACK's dnrm2), scaled so that their
+ *                        squares stay normal numbers. float32, bfloat16 and float16 never leave the middle: the square
+ *                        of any of them is an exact normal float64
+ *   PACGen               a product of X / Y as 2^mid (1 + big) / (1 + small), and in rest how many elements are capped
+ *   noise                mid: sum of sizes, big: capped, small: not finite
+ *   all others           mid alone
+ * Zeros are neutral in each. */
+typedef struct fm_sum {
+  double mid, big, small, rest;
+} fm_sum;
+
 #define FM_BLUE_SMALL 0x1p-511
 #define FM_BLUE_BIG 0x1p486
 #define FM_BLUE_SCALE_SMALL 0x1p537
 #define FM_BLUE_SCALE_BIG 0x1p-538
-
-typedef struct fm_sum {
-  double mid, big, small;
-} fm_sum;
 
 FM_HD double fm_sum_root(fm_sum s) {
   if (s.big > 0.0) {
@@ -227,42 +161,116 @@ FM_HD double fm_sum_root(fm_sum s) {
 
 /* ---- what the operators are asked to do ---- */
 
+/* Where each value of a tensor is found: the operands that an operator has not are absent. */
+enum {
+  FM_PARAM,
+  FM_OLD, /* the backup */
+  FM_GRAD,
+  FM_BUFFER,           /* SGD's momentum */
+  FM_MEAN = FM_BUFFER, /* Adam's */
+  FM_SQUARE,
+  FM_LARGEST,   /* amsgrad only */
+  FM_CURVATURE, /* an average of the Hessian's diagonal, or sizes that are given */
+  FM_LIPSCHITZ, /* of the Hessian, per element */
+  FM_MAX_OPERANDS,
+  FM_DRAW = FM_MAX_OPERANDS, /* a random number of the element */
+  FM_TALLY,                  /* three values that are added up beside the update */
+  FM_SLOTS = FM_TALLY + 3,
+};
+
+/* How the size of the noise is given. */
+enum { FM_SIZE_NEIGHBOURHOOD, FM_SIZE_CURVATURE, FM_SIZE_GIVEN };
+
+/* What a curvature average is fed with. */
+enum { FM_SOURCE_SQUARE, FM_SOURCE_PLAIN, FM_SOURCE_PROBED };
+
 typedef struct fm_options {
   double q, eta, norm;
-  double rho, eps; /* ascend */
+  double rho, eps; /* ascend; eps is the neighbourhood's too */
   bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
   uint64_t seed, step;
   double lr, momentum, dampening, weight_decay; /* the base steps */
   double beta1, beta2, adam_eps;
   bool nesterov, maximize, first_step, decoupled, amsgrad;
+  double scale, lipschitz, curvature_scale, gamma;                                            /* noise and PACGen */
+  double source_scale, decay, lipschitz_decay, min_step, correction_before, correction_after; /* curvature */
+  int sizing, law, source;
 } fm_options;
 
 /* The numbers that change from step to step, where the kernels read them: on a GPU their values are unknown to the
  * host. */
 typedef struct fm_scalars {
-  const double *norm, *rho, *lr;
-  const uint64_t *key; /* seed, step; NULL to round to nearest */
+  const double *norm, *rho, *lr, *scale, *lipschitz, *curvature_scale;
+  const double *corrections; /* before and after */
+  const uint64_t *key;       /* seed, step; NULL to round to nearest */
 } fm_scalars;
 
 FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
   o->norm = s->norm ? *s->norm : o->norm;
   o->rho = s->rho ? *s->rho : o->rho;
   o->lr = s->lr ? *s->lr : o->lr;
+  o->scale = s->scale ? *s->scale : o->scale;
+  o->lipschitz = s->lipschitz ? *s->lipschitz : o->lipschitz;
+  o->curvature_scale = s->curvature_scale ? *s->curvature_scale : o->curvature_scale;
+  o->correction_before = s->corrections ? s->corrections[0] : o->correction_before;
+  o->correction_after = s->corrections ? s->corrections[1] : o->correction_after;
   o->random = s->key != NULL;
   o->seed = s->key ? s->key[0] : 0;
   o->step = s->key ? s->key[1] : 0;
 }
 
+/* What differs from tensor to tensor. */
+typedef struct fm_traits {
+  int scaling;                 /* T(w): ASAM leaves biases and norm layers unscaled */
+  double bias_correction1;     /* Adam: 1 - beta1^step */
+  double root_bias_correction; /* Adam: square root of 1 - beta2^step */
+} fm_traits;
+
 /* ---- terms of the reductions ---- */
 
-enum { FM_TERM_SQUARE, FM_TERM_POWER, FM_TERM_LARGEST, FM_TERM_TIES };
+/* A plain sum of magnitudes is a norm where it cannot overflow: of anything but float64. */
+enum { FM_TERM_SQUARE, FM_TERM_MAGNITUDE, FM_TERM_POWER, FM_TERM_LARGEST, FM_TERM_TIES, FM_TERM_PACGEN, FM_TERM_NOISE };
+
+/* Whether partial results have more than their first number. `wide`: of float64. */
+FM_HD bool fm_has_parts(int term, bool wide) {
+  return (term == FM_TERM_SQUARE && wide) || term == FM_TERM_PACGEN || term == FM_TERM_NOISE;
+}
 
 FM_HD double fm_larger(double a, double b) { return b > a || b != b ? b : a; /* NaN wins */ }
+
+/* Multiplies *mantissa - 1 (in [0, 1)) by a normal factor > 0 and returns the power of two that leaves it there. The
+ * exponent becomes a double by the bits of 2^52 + exponent, which vectorises where a conversion does not. */
+FM_HD double fm_multiply(double *mantissa, double factor) {
+  const uint64_t u = fm_bits_f64((1.0 + *mantissa) * factor);
+  *mantissa = fm_f64_bits((u & 0xfffffffffffffu) | 0x3ff0000000000000u) - 1.0;
+  return fm_f64_bits(u >> 52 | 0x4330000000000000u) - (0x1p52 + 1023.0);
+}
+
+/* One weight's part of PACGen's sum, (|w| + N) max(sqrt c, 1 / N) squared: X / Y = (|w| + N)^2 max(c N^2, 1) / N^2.
+ * X and Y stay products, so that no element needs a division, a root or a logarithm. What is not finite (a mantissa
+ * below 2 times X is), or below the squares of float64, ends in `rest`, as a NaN; a weight of 0 without neighbourhood
+ * adds nothing. */
+FM_HD void fm_pacgen_term(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
+  const double magnitude = fabs(w), n = fma(o->gamma, magnitude, o->eps), square = n * n;
+  const double raw = fma(o->lipschitz * lipschitz, n, o->curvature_scale * h), c = raw < 0.0 ? 0.0 : raw;
+  const double curved = c * square, reach = magnitude + n, bound = curved > 1.0 ? curved : 1.0;
+  const double x = reach * reach * bound;
+  const double twice = x + x, broken = (twice - twice) + (c - c); /* 0, or NaN */
+  const double lost = reach > 0.0 ? NAN : 0.0;
+  const bool tiny = square < 0x1p-1022;
+  to->mid += fm_multiply(&to->big, tiny ? 1.0 : x) - fm_multiply(&to->small, tiny ? 1.0 : square);
+  to->rest += (curved > 1.0 ? 0.0 : 1.0) + broken + (tiny ? lost : 0.0);
+}
+
+FM_HD double fm_pacgen_of(fm_sum s) {
+  const double ln2 = 0.6931471805599453;
+  return s.rest != s.rest ? s.rest : 0.5 * ln2 * (s.mid + fm_log2((1.0 + s.big) / (1.0 + s.small)));
+}
 
 /* What |T g| = x adds to the sums. `wide`: x comes from float64 and its square may leave the range. */
 FM_HD fm_sum fm_term(double x, int term, bool wide, const fm_options *o) {
   fm_sum t;
-  t.big = t.small = 0.0;
+  t.big = t.small = t.rest = 0.0;
   if (term == FM_TERM_SQUARE && wide) {
     const bool big = x > FM_BLUE_BIG, small = x < FM_BLUE_SMALL;
     const double scaled = x * (big ? FM_BLUE_SCALE_BIG : small ? FM_BLUE_SCALE_SMALL : 1.0), square = scaled * scaled;
@@ -283,6 +291,14 @@ FM_HD fm_sum fm_term(double x, int term, bool wide, const fm_options *o) {
 
 FM_HD fm_sum fm_fold(fm_sum a, fm_sum b, int term) {
   fm_sum t;
+  t.rest = a.rest + b.rest;
+  if (term == FM_TERM_PACGEN) {
+    t.big = a.big;
+    t.small = a.small;
+    t.mid = a.mid + b.mid;
+    t.mid += fm_multiply(&t.big, 1.0 + b.big) - fm_multiply(&t.small, 1.0 + b.small);
+    return t;
+  }
   t.mid = term == FM_TERM_LARGEST ? fm_larger(a.mid, b.mid) : a.mid + b.mid;
   t.big = a.big + b.big;
   t.small = a.small + b.small;
@@ -297,6 +313,112 @@ FM_HD double fm_norm_from_powers(double largest, double sum, double q) {
   return largest * (q == 1.0 ? sum : fm_pow(sum, 1.0 / q));
 }
 
+/* ---- the updates ---- */
+
+#define FM_BIT(slot) (1u << (slot))
+#define FM_SGD_STATE FM_BIT(FM_BUFFER)
+#define FM_ADAM_STATE (FM_BIT(FM_MEAN) | FM_BIT(FM_SQUARE) | FM_BIT(FM_LARGEST))
+#define FM_AVERAGES (FM_BIT(FM_CURVATURE) | FM_BIT(FM_LIPSCHITZ))
+#define FM_AT_OLD (FM_BIT(FM_OLD) | FM_BIT(FM_GRAD))
+
+/* Bytes that an update moves as they are, before its rule. */
+typedef enum fm_copy { FM_COPY_NOTHING, FM_COPY_TO_BACKUP, FM_COPY_FROM_BACKUP } fm_copy;
+
+/* Every update: its name, what an element's rule reads and writes, what is tallied over the elements (a FM_TERM_..., or
+ * -1) and what is copied. The loops of the CPU and of the GPU are made from this table; the rules are in fm_formulas.h,
+ * fm_apply. */
+#define FM_UPDATES(X)                                                                                                 \
+  X(FM_ASCEND, ascend, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD), FM_BIT(FM_PARAM), -1, FM_COPY_TO_BACKUP)                   \
+  X(FM_RESTORE, restore, 0, 0, -1, FM_COPY_FROM_BACKUP)                                                               \
+  X(FM_RESTORE_SGD, restore_sgd, FM_AT_OLD | FM_SGD_STATE, FM_BIT(FM_PARAM) | FM_SGD_STATE, -1, FM_COPY_NOTHING)      \
+  X(FM_RESTORE_ADAM, restore_adam, FM_AT_OLD | FM_ADAM_STATE, FM_BIT(FM_PARAM) | FM_ADAM_STATE, -1, FM_COPY_NOTHING)  \
+  X(FM_RESTORE_SGD_CURVATURE, restore_sgd_curvature, FM_AT_OLD | FM_SGD_STATE | FM_AVERAGES,                          \
+    FM_BIT(FM_PARAM) | FM_SGD_STATE | FM_AVERAGES, FM_TERM_LARGEST, FM_COPY_NOTHING)                                  \
+  X(FM_RESTORE_ADAM_CURVATURE, restore_adam_curvature, FM_AT_OLD | FM_ADAM_STATE | FM_AVERAGES,                       \
+    FM_BIT(FM_PARAM) | FM_ADAM_STATE | FM_AVERAGES, FM_TERM_LARGEST, FM_COPY_NOTHING)                                 \
+  X(FM_SCALED_NOISE, scaled_noise, FM_BIT(FM_PARAM) | FM_AVERAGES | FM_BIT(FM_DRAW), FM_BIT(FM_PARAM), FM_TERM_NOISE, \
+    FM_COPY_TO_BACKUP)                                                                                                \
+  X(FM_AVERAGE, average, FM_BIT(FM_PARAM) | FM_AT_OLD | FM_AVERAGES | FM_BIT(FM_DRAW), FM_AVERAGES, FM_TERM_LARGEST,  \
+    FM_COPY_NOTHING)                                                                                                  \
+  X(FM_PROBE, probe, FM_BIT(FM_DRAW), FM_BIT(FM_PARAM), -1, FM_COPY_NOTHING)
+
+typedef enum fm_update {
+#define FM_ENUMERATOR(update, name, reads, writes, tally, copy) update,
+  FM_UPDATES(FM_ENUMERATOR)
+#undef FM_ENUMERATOR
+      FM_UPDATE_COUNT
+} fm_update;
+
+typedef struct fm_shape {
+  unsigned reads, writes;
+  int tally;
+  fm_copy copy;
+} fm_shape;
+
+/* The forms of an update, each compiled for itself: which of its operands there are, or which formula it is. */
+enum { FM_FORM_ANY_POWER = 4, FM_FORMS = 8 };
+
+FM_HD int fm_form(fm_update update, const fm_options *o, const fm_traits *t, bool momentum) {
+  switch (update) {
+    case FM_ASCEND: return t->scaling + (o->q == 2.0 ? 0 : FM_FORM_ANY_POWER);
+    case FM_RESTORE_SGD:
+    case FM_RESTORE_SGD_CURVATURE: return momentum;
+    case FM_RESTORE_ADAM:
+    case FM_RESTORE_ADAM_CURVATURE: return o->amsgrad;
+    case FM_SCALED_NOISE: return 2 * o->sizing + (o->law == FM_LAW_TRUNCATED);
+    case FM_AVERAGE: return o->source;
+    default: return 0;
+  }
+}
+
+FM_HD int fm_form_count(fm_update update) {
+  switch (update) {
+    case FM_ASCEND: return 8;
+    case FM_RESTORE:
+    case FM_PROBE: return 1;
+    case FM_SCALED_NOISE: return 6;
+    case FM_AVERAGE: return 3;
+    default: return 2;
+  }
+}
+
+FM_HD fm_shape fm_shape_of(fm_update update) {
+  fm_shape shape = {0, 0, -1, FM_COPY_NOTHING};
+  switch (update) {
+#define FM_CASE(update, name, update_reads, update_writes, update_tally, update_copy) \
+  case update:                                                                        \
+    shape.reads = (update_reads);                                                     \
+    shape.writes = (update_writes);                                                   \
+    shape.tally = (update_tally);                                                     \
+    shape.copy = (update_copy);                                                       \
+    break;
+    FM_UPDATES(FM_CASE)
+#undef FM_CASE
+    default: break;
+  }
+  return shape;
+}
+
+/* The slots that a form has not. */
+FM_HD unsigned fm_absent(fm_update update, int form) {
+  switch (update) {
+    case FM_RESTORE_SGD:
+    case FM_RESTORE_SGD_CURVATURE: return form ? 0 : FM_BIT(FM_BUFFER);
+    case FM_RESTORE_ADAM:
+    case FM_RESTORE_ADAM_CURVATURE: return form ? 0 : FM_BIT(FM_LARGEST);
+    case FM_SCALED_NOISE:
+      return form / 2 == FM_SIZE_CURVATURE ? 0 : form / 2 == FM_SIZE_GIVEN ? FM_BIT(FM_LIPSCHITZ) : FM_AVERAGES;
+    case FM_AVERAGE: return form == FM_SOURCE_PROBED ? 0 : FM_BIT(FM_DRAW);
+    default: return 0;
+  }
+}
+
+/* The law of an update's draws. */
+FM_HD int fm_law_of(fm_update update, const fm_options *o) { return update == FM_AVERAGE ? FM_LAW_RADEMACHER : o->law; }
+
+/* What is read where an operand is absent. */
+FM_HD double fm_default(int operand) { return operand == FM_LIPSCHITZ ? 1.0 : 0.0; }
+
 /* ---- the update rules, once for float and once for double ---- */
 
 /* T(w) in double, as the norm sees it. */
@@ -309,6 +431,7 @@ FM_HD double fm_scaling_wide(double w, int scaling, double eta) {
 #define FM_FMA fmaf
 #define FM_SQRT sqrtf
 #define FM_ABS fabsf
+#define FM_HUGE INFINITY
 #include "fm_formulas.h"
 #undef FM_REAL
 #undef FM_NAME

@@ -14,7 +14,7 @@
 
 enum {
   FM_CHUNK = 4096,   /* elements of one partial result */
-  FM_LANES = 128,    /* running sums inside a chunk: element i adds to lane i % 128, then lanes fold in halves */
+  FM_LANES = 256,    /* running sums inside a chunk: element i adds to lane i % 256, then lanes fold in halves */
   FM_BLOCK = 128,    /* elements that pass through a kernel's buffers at a time: short, so that streams interleave */
   FM_GRAIN = 16,     /* chunks below which a list is not split over threads: about 10 us of work */
   FM_MAX_DIMS = 16,  /* dimensions that remain after merging adjacent ones */
@@ -32,27 +32,18 @@ typedef struct fm_layout {
 } fm_layout;
 
 typedef struct fm_view {
-  char *data;
+  char *data;              /* NULL: the operator has no such operand */
   const fm_layout *layout; /* NULL: element k is at k */
-  int64_t numel;
   fm_dtype dtype;
 } fm_view;
 
-/* One tensor's operands, in the order that its operator gives below. */
-enum { FM_MAX_OPERANDS = 6 };
+/* One tensor's operands, by FM_PARAM and so on. */
 typedef struct fm_row {
   fm_view operand[FM_MAX_OPERANDS];
-  bool wide;                   /* float64 arithmetic: some operand is float64 */
-  int scaling;                 /* T(w) of this tensor: ASAM leaves biases and norm layers unscaled */
-  double bias_correction1;     /* Adam: 1 - beta1^step */
-  double root_bias_correction; /* Adam: square root of 1 - beta2^step */
+  int64_t numel;
+  fm_traits traits;
+  bool wide; /* float64 arithmetic: some operand is float64 */
 } fm_row;
-
-enum { FM_REDUCE_GRAD, FM_REDUCE_WEIGHT };                  /* the weight only where T needs it */
-enum { FM_ASCEND_PARAM, FM_ASCEND_GRAD, FM_ASCEND_OLD };    /* old: the backup */
-enum { FM_STEP_PARAM, FM_STEP_OLD, FM_STEP_GRAD };          /* restore and the fused steps */
-enum { FM_SGD_BUFFER = 3 };                                 /* absent (data NULL) without momentum */
-enum { FM_ADAM_MEAN = 3, FM_ADAM_SQUARE, FM_ADAM_LARGEST }; /* largest: amsgrad only, else data NULL */
 
 /* parallel_for(begin, end, grain, fn, context) calls fn on disjoint ranges that cover [begin, end). */
 typedef void (*fm_range_fn)(int64_t begin, int64_t end, void *context);
@@ -62,7 +53,7 @@ typedef struct fm_list {
   fm_row *rows;
   int64_t count;
   int64_t *first_chunk; /* count + 1 entries: row r owns chunks [first_chunk[r], first_chunk[r + 1]) */
-  fm_sum *partials;     /* reductions: one a chunk */
+  fm_sum *partials;     /* one a chunk; NULL where nothing is summed */
 } fm_list;
 
 /* What one thread runs: a share of a list's chunks. */
@@ -73,35 +64,56 @@ typedef struct fm_job {
 } fm_job;
 typedef void fm_kernel(const fm_job *job, int64_t chunk_begin, int64_t chunk_end);
 
-/* One table for each instruction set, all compiled from kernels.c. */
-#define FM_KERNELS(X) X(square_sum) X(power_sum) X(largest) X(ties) X(ascend) X(restore) X(restore_sgd) X(restore_adam)
+/* The reductions: name and FM_TERM_...; what is tallied beside an update has no loop of its own. */
+#define FM_REDUCTIONS(X)          \
+  X(FM_TERM_SQUARE, square)       \
+  X(FM_TERM_MAGNITUDE, magnitude) \
+  X(FM_TERM_POWER, power) X(FM_TERM_LARGEST, largest) X(FM_TERM_TIES, ties) X(FM_TERM_PACGEN, pacgen)
+enum { FM_REDUCTION_COUNT = FM_TERM_PACGEN + 1 };
 
+/* One table for each instruction set, all compiled from kernels.c. */
 typedef struct fm_kernels {
   int isa; /* 1 baseline, 3 and 4 x86-64-v3 and -v4 */
-#define FM_FIELD(name) fm_kernel *name;
-  FM_KERNELS(FM_FIELD)
-#undef FM_FIELD
+  fm_kernel *update[FM_UPDATE_COUNT];
+  fm_kernel *reduce[FM_REDUCTION_COUNT];
 } fm_kernels;
 
 /* The table in use: the best that the processor runs, or what the environment variable FM_ISA (base, v3, v4) names. */
 extern const fm_kernels *fm_active_kernels;
+
+static inline int64_t fm_chunks_of(int64_t numel) { return (numel + FM_CHUNK - 1) / FM_CHUNK; }
 
 /* Fills list->first_chunk; the number of chunks is its last entry. */
 static inline void fm_list_plan(fm_list *list) {
   int64_t chunks = 0;
   for (int64_t r = 0; r < list->count; r++) {
     list->first_chunk[r] = chunks;
-    chunks += (list->rows[r].operand[0].numel + FM_CHUNK - 1) / FM_CHUNK;
+    chunks += fm_chunks_of(list->rows[r].numel);
   }
   list->first_chunk[list->count] = chunks;
 }
 
-/* The operators. Reductions need list->partials. */
+/* Whether a sum of magnitudes could overflow: only in float64. */
+static inline bool fm_any_wide(const fm_list *list) {
+  for (int64_t r = 0; r < list->count; r++) {
+    if (list->rows[r].wide) {
+      return true;
+    }
+  }
+  return false;
+}
+
+/* The operators. Reductions, and updates that tally, need list->partials. */
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
 double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
-void fm_sam_ascend(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
-void fm_restore(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
-void fm_restore_sgd(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
-void fm_restore_adam(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+
+/* Two numbers a row: PACGen's sum and how many elements are capped. */
+void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for);
+
+/* The 2-norm of each row. */
+void fm_row_norms(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for);
+
+/* Returns what the update tallies. */
+fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
 
 #endif

@@ -1,15 +1,22 @@
 /* The loops of kernels.c for one type of arithmetic. Included twice: FM_REAL is float (float32, bfloat16 and float16
  * tensors) or double (float64 tensors, with float32 gradients or state allowed); FM_NATIVE is its fm_dtype. */
 
-/* One block of every operand, and the scratch that strided tensors are gathered in. */
+/* One block of every slot, and the scratch that strided tensors are gathered in. */
 typedef struct FM_NAME(fm_blocks) {
-  FM_REAL operand[FM_MAX_OPERANDS][FM_BLOCK];
+  FM_REAL slot[FM_SLOTS][FM_BLOCK];
   double scratch[FM_BLOCK];
 } FM_NAME(fm_blocks);
 
 /* ---- load and store ---- */
 
-static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
+/* The values of operand k; its default if it is absent. */
+static const FM_REAL *FM_NAME(load)(const fm_view *v, int k, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
+  if (v->data == NULL) {
+    for (int64_t i = 0; i < n; i++) {
+      block[i] = (FM_REAL)fm_default(k);
+    }
+    return block;
+  }
   const char *raw = raw_block(v, at, n, (char *)scratch);
   if (v->dtype == FM_NATIVE && v->layout == NULL) {
     return (const FM_REAL *)(const void *)raw;
@@ -38,7 +45,7 @@ static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_
 
 /* Where to compute a result: the tensor itself if its elements need no conversion and no streaming store. */
 FM_INLINE FM_REAL *FM_NAME(target)(const fm_view *v, int64_t at, FM_REAL *block, bool streaming) {
-  const bool direct = v->dtype == FM_NATIVE && v->layout == NULL && !streaming;
+  const bool direct = v->data != NULL && v->dtype == FM_NATIVE && v->layout == NULL && !streaming;
   return direct ? (FM_REAL *)(void *)v->data + at : block;
 }
 
@@ -80,18 +87,36 @@ static void FM_NAME(store)(const fm_view *v, int64_t at, int64_t n, const FM_REA
 
 /* ---- reductions ---- */
 
-/* Adds elements to lanes [first, first + count). */
-FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *g, const FM_REAL *w, int count,
+/* Adds elements to lanes [first, first + count). v[k]: the elements of operand k, where the term needs them. */
+FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *const *v, int64_t at, int count,
                                   int scaling, const fm_options *o, int term) {
   const bool wide = FM_NATIVE == FM_F64;
+  const FM_REAL *g = v[FM_GRAD] + at, *w = v[FM_PARAM] + at;
+  const FM_REAL *h = v[FM_CURVATURE] + at, *lipschitz = v[FM_LIPSCHITZ] + at;
   for (int l = 0; l < count; l++) {
+    const int k = first + l;
+    if (term == FM_TERM_PACGEN) {
+      fm_sum sum = {lanes->mid[k], lanes->big[k], lanes->small[k], lanes->rest[k]};
+      fm_pacgen_term(&sum, (double)w[l], (double)h[l], (double)lipschitz[l], o);
+      lanes->mid[k] = sum.mid;
+      lanes->big[k] = sum.big;
+      lanes->small[k] = sum.small;
+      lanes->rest[k] = sum.rest;
+      continue;
+    }
     double x = fabs(scaling == FM_SCALE_NONE ? (double)g[l] : FM_NAME(fm_scaled_gradient)(w[l], g[l], scaling, o->eta));
+    double *mid = &lanes->mid[k];
+#ifdef __FMA__
+    if (term == FM_TERM_SQUARE && !wide && scaling == FM_SCALE_NONE) { /* a float's square is exact: one rounding */
+      *mid = fma(x, x, *mid);
+      continue;
+    }
+#endif
     const fm_sum t = fm_term(x, term, wide, o);
-    double *mid = &lanes->mid[first + l];
     *mid = term == FM_TERM_LARGEST ? fm_larger(*mid, t.mid) : *mid + t.mid;
-    if (term == FM_TERM_SQUARE && wide) { /* the others have one sum */
-      lanes->big[first + l] += t.big;
-      lanes->small[first + l] += t.small;
+    if (fm_has_parts(term, wide)) {
+      lanes->big[k] += t.big;
+      lanes->small[k] += t.small;
     }
   }
 }
@@ -99,195 +124,240 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *g, 
 /* One partial result per chunk. `scaled` is a constant where it is inlined, so that the common case loads no weights.
  */
 FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begin, int64_t end, int term, bool scaled) {
-  enum { SPAN = 8 * FM_LANES };
+  enum { SPAN = 16 * FM_LANES };
   const fm_row *row = &job->list->rows[r];
-  const int scaling = scaled ? row->scaling : FM_SCALE_NONE;
-  FM_REAL blocks[2][SPAN];
+  const int scaling = scaled ? row->traits.scaling : FM_SCALE_NONE;
+  const bool parts = fm_has_parts(term, FM_NATIVE == FM_F64);
+  const unsigned reads = term == FM_TERM_PACGEN ? FM_BIT(FM_PARAM) | FM_AVERAGES
+                         : scaled               ? FM_BIT(FM_GRAD) | FM_BIT(FM_PARAM)
+                                                : FM_BIT(FM_GRAD);
+  FM_REAL blocks[4][SPAN];
   double scratch[SPAN];
+  const int operands[4] = {FM_PARAM, FM_GRAD, FM_CURVATURE, FM_LIPSCHITZ};
+  const FM_REAL *v[FM_MAX_OPERANDS];
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    v[k] = blocks[0];
+  }
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
-    fm_lanes lanes = {{0.0}, {0.0}, {0.0}};
+    fm_lanes lanes = {{0.0}, {0.0}, {0.0}, {0.0}};
     for (int64_t at = chunk; at < min64(chunk + FM_CHUNK, end); at += SPAN) {
-      const int64_t n = min64(SPAN, end - at), rows = n / FM_LANES;
-      const FM_REAL *g = FM_NAME(load)(&row->operand[FM_REDUCE_GRAD], at, n, blocks[0], scratch);
-      const FM_REAL *w = scaled ? FM_NAME(load)(&row->operand[FM_REDUCE_WEIGHT], at, n, blocks[1], scratch) : g;
+      const int64_t n = min64(SPAN, min64(chunk + FM_CHUNK, end) - at), rows = n / FM_LANES;
+      for (int b = 0; b < 4; b++) {
+        if (reads & FM_BIT(operands[b])) {
+          v[operands[b]] = FM_NAME(load)(&row->operand[operands[b]], operands[b], at, n, blocks[b], scratch);
+        }
+      }
       for (int first = 0; first < FM_LANES; first += FM_LANE_GROUP) {
         fm_lanes held;
-        copy_lanes(&held, 0, &lanes, first, FM_LANE_GROUP);
+        copy_lanes(&held, 0, &lanes, first, FM_LANE_GROUP, parts);
         for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
-          FM_NAME(add_terms)(&held, 0, g + i, w + i, FM_LANE_GROUP, scaling, job->options, term);
+          const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
+          for (int64_t next = i + SPAN; next < i + SPAN + FM_LANE_GROUP; next += line) {
+            for (int b = 0; b < 4; b++) { /* a group passes through every line of the span once */
+              if (reads & FM_BIT(operands[b])) {
+                __builtin_prefetch(v[operands[b]] + next);
+              }
+            }
+          }
+          FM_NAME(add_terms)(&held, 0, v, i, FM_LANE_GROUP, scaling, job->options, term);
         }
-        copy_lanes(&lanes, first, &held, 0, FM_LANE_GROUP);
+        copy_lanes(&lanes, first, &held, 0, FM_LANE_GROUP, parts);
       }
       const int64_t done = rows * FM_LANES;
-      FM_NAME(add_terms)(&lanes, 0, g + done, w + done, (int)(n - done), scaling, job->options, term);
+      FM_NAME(add_terms)(&lanes, 0, v, done, (int)(n - done), scaling, job->options, term);
     }
     job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] = fold_lanes(&lanes, term, FM_NATIVE == FM_F64);
   }
 }
 
-#define FM_REDUCTION(name, term)                                                          \
+#define FM_REDUCTION(term, name)                                                          \
   static void FM_NAME(name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    if (job->list->rows[row].scaling == FM_SCALE_NONE) {                                  \
+    if (job->list->rows[row].traits.scaling == FM_SCALE_NONE) {                           \
       FM_NAME(reduce_chunks)(job, row, begin, end, term, false);                          \
     } else {                                                                              \
       FM_NAME(reduce_chunks)(job, row, begin, end, term, true);                           \
     }                                                                                     \
   }
-
-FM_REDUCTION(square_sum, FM_TERM_SQUARE)
-FM_REDUCTION(power_sum, FM_TERM_POWER)
-FM_REDUCTION(largest, FM_TERM_LARGEST)
-FM_REDUCTION(ties, FM_TERM_TIES)
+FM_REDUCTIONS(FM_REDUCTION)
 #undef FM_REDUCTION
 
-/* ---- ascend ---- */
+/* ---- updates ---- */
 
-/* One constant scaling per call site: each becomes its own branch-free loop. In and out may be the same block. */
-FM_INLINE void FM_NAME(ascend_2_block)(FM_REAL *out, const FM_REAL *w, const FM_REAL *g, int64_t n, FM_REAL step,
-                                       int scaling, FM_REAL eta) {
+/* Applies a rule to n elements; in[k] and out[k], the values of slot k, may be one memory. */
+FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *const *in, FM_REAL *const *out,
+                                    int64_t n, const FM_NAME(fm_rule) * rule) {
+  const fm_shape shape = shape_of_form(update, form);
+#define FM_POINTERS(k)                 \
+  const FM_REAL *const in_##k = in[k]; \
+  FM_REAL *const out_##k = out[k];
+  FM_EACH_OPERAND(FM_POINTERS)
+  const FM_REAL *const draw = in[FM_DRAW];
+  FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
-    out[i] = FM_NAME(fm_ascend_2)(w[i], g[i], step, scaling, eta);
+    FM_REAL v[FM_SLOTS] = {0};
+#define FM_GET(k)                \
+  if (shape.reads & FM_BIT(k)) { \
+    v[k] = in_##k[i];            \
   }
-}
-
-static void FM_NAME(ascend_block)(FM_REAL *out, const FM_REAL *w, const FM_REAL *g, int64_t n, int scaling,
-                                  const fm_options *o) {
-  if (o->q != 2.0) {
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = FM_NAME(fm_ascend_q)(w[i], g[i], scaling, o);
+#define FM_PUT(k)                 \
+  if (shape.writes & FM_BIT(k)) { \
+    out_##k[i] = v[k];            \
+  }
+    FM_EACH_OPERAND(FM_GET)
+    if (shape.reads & FM_BIT(FM_DRAW)) {
+      v[FM_DRAW] = draw[i];
     }
-    return;
-  }
-  const FM_REAL step = (FM_REAL)(o->rho / (o->norm + o->eps)), eta = (FM_REAL)o->eta;
-  switch (scaling) {
-    case FM_SCALE_NONE: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_NONE, eta); break;
-    case FM_SCALE_ASAM: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_ASAM, eta); break;
-    case FM_SCALE_DAVDA54: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_DAVDA54, eta); break;
-    default: FM_NAME(ascend_2_block)(out, w, g, n, step, FM_SCALE_BIG_VISION, eta); break;
+    FM_NAME(fm_apply)(update, form, v, rule);
+    FM_EACH_OPERAND(FM_PUT)
+    if (shape.tally >= 0) {
+      tally_0[i] = v[FM_TALLY];
+    }
+    if (shape.tally == FM_TERM_NOISE) {
+      tally_1[i] = v[FM_TALLY + 1];
+      tally_2[i] = v[FM_TALLY + 2];
+    }
+#undef FM_POINTERS
+#undef FM_GET
+#undef FM_PUT
   }
 }
 
-static void FM_NAME(ascend)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
+/* Adds n elements of a block to lanes from `first` on. */
+FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, int64_t first, FM_REAL *const *out, int64_t n, int term) {
+  double *mid = lanes->mid + first, *big = lanes->big + first, *small = lanes->small + first;
+  const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
+  for (int64_t i = 0; i < n; i++) {
+    mid[i] = term == FM_TERM_LARGEST ? fm_larger(mid[i], (double)a[i]) : mid[i] + (double)a[i];
+  }
+  for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
+    big[i] += (double)b[i];
+    small[i] += (double)c[i];
+  }
+}
+
+/* The slots of a block: where each is read and written. What is written and not read may be stored past the caches. */
+typedef struct FM_NAME(fm_slots) {
+  const FM_REAL *in[FM_SLOTS];
+  FM_REAL *out[FM_SLOTS];
+} FM_NAME(fm_slots);
+
+FM_INLINE void FM_NAME(open_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t at, int64_t n,
+                                   FM_NAME(fm_blocks) * blocks, bool streaming) {
+#define FM_OPEN(k)                                                                                                   \
+  if (shape.reads & FM_BIT(k)) {                                                                                     \
+    slots->in[k] = FM_NAME(load)(&row->operand[k], k, at, n, blocks->slot[k], blocks->scratch);                      \
+  }                                                                                                                  \
+  if (shape.writes & FM_BIT(k)) {                                                                                    \
+    slots->out[k] = FM_NAME(target)(&row->operand[k], at, blocks->slot[k], streaming && !(shape.reads & FM_BIT(k))); \
+  }
+  FM_EACH_OPERAND(FM_OPEN)
+#undef FM_OPEN
+}
+
+FM_INLINE void FM_NAME(close_slots)(const FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t at,
+                                    int64_t n, FM_NAME(fm_blocks) * blocks, const uint32_t *random, bool streaming) {
+#define FM_CLOSE(k)                                                                                          \
+  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                          \
+    FM_NAME(store)(&row->operand[k], at, n, slots->out[k], blocks->scratch, (k) == FM_PARAM ? random : NULL, \
+                   streaming && !(shape.reads & FM_BIT(k)));                                                 \
+  }
+  FM_EACH_OPERAND(FM_CLOSE)
+#undef FM_CLOSE
+}
+
+/* One update over a share of one tensor, for one form of it. */
+FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, int64_t end, fm_update update,
+                                   int form) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
-  const fm_view *param = &row->operand[FM_ASCEND_PARAM];
-  const bool moves = FM_NAME(fm_ascend_moves)(o);
-  const bool random = o->random && fm_dtype_size(param->dtype) == 2;
+  const fm_shape shape = shape_of_form(update, form);
+  const bool moves = update != FM_ASCEND || FM_NAME(fm_ascend_moves)(o);
+  const bool random = update == FM_ASCEND && o->random && fm_dtype_size(row->operand[FM_PARAM].dtype) == 2;
+  const bool tallies = shape.tally >= 0 && job->list->partials != NULL;
+  const int law = fm_law_of(update, o);
+  FM_NAME(fm_rule) rule;
+  memset(&rule, 0, sizeof rule);
+  FM_NAME(fm_set_rule)(&rule, update, o, &row->traits);
+  __asm__("" : "+m"(rule)); /* gcc would see what its flags are made of, and have bools again */
   FM_NAME(fm_blocks) blocks;
-  uint32_t words[FM_BLOCK];
-  for (int64_t at = begin; at < end; at += FM_BLOCK) {
-    const int64_t n = min64(FM_BLOCK, end - at);
-    put_raw(&row->operand[FM_ASCEND_OLD], at, n, raw_block(param, at, n, (char *)blocks.scratch), job->streaming);
-    if (!moves) {
-      continue;
+  FM_NAME(fm_slots) slots;
+  fm_words words;
+  uint32_t order[FM_BLOCK];
+  for (int k = 0; k < FM_SLOTS; k++) {
+    slots.in[k] = slots.out[k] = blocks.slot[k];
+  }
+  for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
+    const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
+    fm_lanes lanes;
+    if (tallies) {
+      memset(&lanes, 0, sizeof lanes);
     }
-    const FM_REAL *w = FM_NAME(load)(param, at, n, blocks.operand[0], blocks.scratch);
-    const FM_REAL *g = FM_NAME(load)(&row->operand[FM_ASCEND_GRAD], at, n, blocks.operand[1], blocks.scratch);
-    FM_REAL *out = FM_NAME(target)(param, at, blocks.operand[0], false); /* just read: its lines are in cache */
-    FM_NAME(ascend_block)(out, w, g, n, row->scaling, o);
-    if (random) {
-      for (int64_t quad = 0; quad < (n + 3) / 4; quad++) { /* at is a multiple of FM_BLOCK, hence of 4 */
-        const fm_quad lanes = fm_random_quad(o->seed, o->step, (uint32_t)r, (uint64_t)(at / 4 + quad));
-        memcpy(words + 4 * quad, lanes.lane, sizeof lanes.lane);
+    for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
+      const int64_t n = min64(FM_BLOCK, chunk_end - at);
+      if (shape.copy == FM_COPY_TO_BACKUP) {
+        const char *bytes = raw_block(&row->operand[FM_PARAM], at, n, (char *)blocks.scratch);
+        put_raw(&row->operand[FM_OLD], at, n, bytes, job->streaming);
+      } else if (shape.copy == FM_COPY_FROM_BACKUP) {
+        const char *bytes = raw_block(&row->operand[FM_OLD], at, n, (char *)blocks.scratch);
+        put_raw(&row->operand[FM_PARAM], at, n, bytes, job->streaming);
       }
+      if (!moves || (shape.reads | shape.writes) == 0) {
+        continue;
+      }
+      FM_NAME(open_slots)(&slots, row, shape, at, n, &blocks, job->streaming);
+      if (shape.reads & FM_BIT(FM_DRAW)) {
+        if (FM_NATIVE == FM_F32) {
+          draw_block(o, law, (uint32_t)r, at, (float *)(void *)blocks.slot[FM_DRAW]);
+        } else {
+          float draws[FM_BLOCK];
+          draw_block(o, law, (uint32_t)r, at, draws);
+          for (int i = 0; i < FM_BLOCK; i++) {
+            blocks.slot[FM_DRAW][i] = (FM_REAL)draws[i];
+          }
+        }
+      }
+      FM_NAME(apply_block)(update, form, slots.in, slots.out, n, &rule);
+      if (tallies) {
+        FM_NAME(add_tally)(&lanes, (at - chunk) % FM_LANES, slots.out, n, shape.tally);
+      }
+      if (random) {
+        random_block(o, (uint32_t)r, (uint64_t)at / 4, &words); /* at is a multiple of FM_BLOCK, hence of 4 */
+        for (int i = 0; i < FM_BLOCK; i++) {
+          order[i] = words.lane[i % 4][i / 4];
+        }
+      }
+      FM_NAME(close_slots)(&slots, row, shape, at, n, &blocks, random ? order : NULL, job->streaming);
     }
-    FM_NAME(store)(param, at, n, out, blocks.scratch, random ? words : NULL, false);
-  }
-}
-
-/* ---- restore fused with the base step ---- */
-
-FM_INLINE void FM_NAME(sgd_block)(FM_REAL *out, const FM_REAL *w, const FM_REAL *g, int64_t n,
-                                  const FM_NAME(fm_sgd) * o) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    out[i] = FM_NAME(fm_sgd_step)(w[i], FM_NAME(fm_sgd_direction)(w[i], g[i], o), o);
-  }
-}
-
-FM_INLINE void FM_NAME(sgd_momentum_block)(FM_REAL *out, FM_REAL *buffer_out, const FM_REAL *w, const FM_REAL *g,
-                                           const FM_REAL *buffer, int64_t n, const FM_NAME(fm_sgd) * o) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const FM_REAL d = FM_NAME(fm_sgd_direction)(w[i], g[i], o);
-    const FM_REAL b = FM_NAME(fm_sgd_buffer)(d, buffer[i], o);
-    buffer_out[i] = b;
-    out[i] = FM_NAME(fm_sgd_step)(w[i], FM_NAME(fm_sgd_look_ahead)(d, b, o), o);
-  }
-}
-
-static void FM_NAME(restore_sgd)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
-  const fm_row *row = &job->list->rows[r];
-  const fm_options *o = job->options;
-  const FM_NAME(fm_sgd) sgd = FM_NAME(fm_sgd_of)(o);
-  const fm_view *param = &row->operand[FM_STEP_PARAM], *buffer = &row->operand[FM_SGD_BUFFER];
-  FM_NAME(fm_blocks) blocks;
-  for (int64_t at = begin; at < end; at += FM_BLOCK) {
-    const int64_t n = min64(FM_BLOCK, end - at);
-    const FM_REAL *w = FM_NAME(load)(&row->operand[FM_STEP_OLD], at, n, blocks.operand[0], blocks.scratch);
-    const FM_REAL *g = FM_NAME(load)(&row->operand[FM_STEP_GRAD], at, n, blocks.operand[1], blocks.scratch);
-    FM_REAL *out = FM_NAME(target)(param, at, blocks.operand[2], job->streaming);
-    if (buffer->data != NULL) {
-      const FM_REAL *b = FM_NAME(load)(buffer, at, n, blocks.operand[3], blocks.scratch);
-      FM_REAL *b_out = FM_NAME(target)(buffer, at, blocks.operand[3], false);
-      FM_NAME(sgd_momentum_block)(out, b_out, w, g, b, n, &sgd);
-      FM_NAME(store)(buffer, at, n, b_out, blocks.scratch, NULL, false);
-    } else {
-      FM_NAME(sgd_block)(out, w, g, n, &sgd);
+    if (tallies) {
+      job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] =
+          fold_lanes(&lanes, shape.tally, FM_NATIVE == FM_F64);
     }
-    FM_NAME(store)(param, at, n, out, blocks.scratch, NULL, job->streaming);
   }
 }
 
-FM_INLINE void FM_NAME(adam_block)(FM_REAL *out, FM_REAL *mean, FM_REAL *square, FM_REAL *largest, const FM_REAL *w,
-                                   const FM_REAL *g, int64_t n, const FM_NAME(fm_adam) * o) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; i++) {
-    const FM_REAL d = FM_NAME(fm_adam_gradient)(w[i], g[i], o);
-    const FM_REAL m = FM_NAME(fm_adam_mean)(mean[i], d, o);
-    FM_REAL v = FM_NAME(fm_adam_square)(square[i], d, o);
-    mean[i] = m;
-    square[i] = v;
-    if (o->amsgrad) {
-      v = FM_NAME(fm_adam_largest)(largest[i], v);
-      largest[i] = v;
-    }
-    out[i] = FM_NAME(fm_adam_step)(w[i], m, v, o);
+/* Each form is a constant in its call, hence a loop of its own without branches. */
+#define FM_FORM_CASE(update, form)                             \
+  case form:                                                   \
+    if ((form) < fm_form_count(update)) {                      \
+      FM_NAME(update_row)(job, row, begin, end, update, form); \
+    }                                                          \
+    break;
+#define FM_UPDATE_ROW(update, name, reads, writes, tally, copy)                                    \
+  static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    const fm_row *const its = &job->list->rows[row];                                               \
+    switch (fm_form(update, job->options, &its->traits, its->operand[FM_BUFFER].data != NULL)) {   \
+      FM_FORM_CASE(update, 0)                                                                      \
+      FM_FORM_CASE(update, 1)                                                                      \
+      FM_FORM_CASE(update, 2)                                                                      \
+      FM_FORM_CASE(update, 3)                                                                      \
+      FM_FORM_CASE(update, 4)                                                                      \
+      FM_FORM_CASE(update, 5)                                                                      \
+      FM_FORM_CASE(update, 6)                                                                      \
+      FM_FORM_CASE(update, 7)                                                                      \
+      default: break;                                                                              \
+    }                                                                                              \
   }
-}
-
-/* State that needs no conversion is updated where it lies; the rest passes through a block. */
-static FM_REAL *FM_NAME(load_state)(const fm_view *v, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
-  if (v->data == NULL) {
-    return block;
-  }
-  FM_REAL *place = FM_NAME(target)(v, at, block, false);
-  if (place == block) {
-    FM_NAME(load)(v, at, n, block, scratch);
-  }
-  return place;
-}
-
-static void FM_NAME(restore_adam)(const fm_job *job, int64_t r, int64_t begin, int64_t end) {
-  const fm_row *row = &job->list->rows[r];
-  const fm_options *o = job->options;
-  const FM_NAME(fm_adam) adam = FM_NAME(fm_adam_of)(o, row->bias_correction1, row->root_bias_correction);
-  const fm_view *param = &row->operand[FM_STEP_PARAM];
-  FM_NAME(fm_blocks) blocks;
-  for (int64_t at = begin; at < end; at += FM_BLOCK) {
-    const int64_t n = min64(FM_BLOCK, end - at);
-    const FM_REAL *w = FM_NAME(load)(&row->operand[FM_STEP_OLD], at, n, blocks.operand[0], blocks.scratch);
-    const FM_REAL *g = FM_NAME(load)(&row->operand[FM_STEP_GRAD], at, n, blocks.operand[1], blocks.scratch);
-    FM_REAL *state[3];
-    for (int k = 0; k < 3; k++) {
-      state[k] = FM_NAME(load_state)(&row->operand[FM_ADAM_MEAN + k], at, n, blocks.operand[2 + k], blocks.scratch);
-    }
-    FM_REAL *out = FM_NAME(target)(param, at, blocks.operand[5], job->streaming);
-    FM_NAME(adam_block)(out, state[0], state[1], state[2], w, g, n, &adam);
-    for (int k = 0; k < (o->amsgrad ? 3 : 2); k++) {
-      FM_NAME(store)(&row->operand[FM_ADAM_MEAN + k], at, n, state[k], blocks.scratch, NULL, false);
-    }
-    FM_NAME(store)(param, at, n, out, blocks.scratch, NULL, job->streaming);
-  }
-}
+FM_UPDATES(FM_UPDATE_ROW)
+#undef FM_FORM_CASE
+#undef FM_UPDATE_ROW

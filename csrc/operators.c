@@ -1,56 +1,110 @@
 /* The operators: schema, checks, and the call of the backend that this file is linked with. Nothing of a device is
- * here. */
+ * here. Arguments are taken by the names that they have in the schema. */
 #include "backend.h"
 
-/* ---- shared checks ---- */
+#include <assert.h>
 
-static bool take_exponent(fm_args *args, int a, double *q) {
-  *q = args->arg[a].number;
-  return *q >= 1.0 || fm_fail(args, "%s: %g given, but a norm needs 1 <= q <= infinity", args->arg[a].name, *q);
+/* ---- arguments by name ---- */
+
+/* -1 if the operator has none of that name. */
+static int find(const fm_args *args, const char *name) {
+  for (int a = 0; a < args->count; a++) {
+    if (strcmp(args->arg[a].name, name) == 0) {
+      return a;
+    }
+  }
+  return -1;
 }
 
-static bool take_not_negative(fm_args *args, int a, double *value) {
-  *value = args->arg[a].number;
-  return *value >= 0.0 || fm_fail(args, "%s: %g given, but it must not be negative", args->arg[a].name, *value);
+/* For a name that the schema has. */
+static const fm_arg *get(const fm_args *args, const char *name) {
+  const int a = find(args, name);
+  assert(a >= 0);
+  return &args->arg[a];
+}
+
+static double number(const fm_args *args, const char *name) { return get(args, name)->number; }
+
+static int64_t integer(const fm_args *args, const char *name) { return get(args, name)->integer; }
+
+static int64_t length(const fm_args *args, const char *name) { return get(args, name)->count; }
+
+static bool take_scalar(fm_args *args, const char *name, const double **value) {
+  return fm_take_scalars(args, find(args, name), 1, value);
+}
+
+static bool take_exponent(fm_args *args, double *q) {
+  *q = number(args, "q");
+  return *q >= 1.0 || fm_fail(args, "q: %g given, but a norm needs 1 <= q <= infinity", *q);
+}
+
+static bool take_not_negative(fm_args *args, const char *name, double *value) {
+  *value = number(args, name);
+  return *value >= 0.0 || fm_fail(args, "%s: %g given, but it must not be negative", name, *value);
+}
+
+static bool take_choice(fm_args *args, const char *name, int most, const char *meaning, int *value) {
+  const int64_t given = integer(args, name);
+  *value = (int)given;
+  return (given >= 0 && given <= most) ||
+         fm_fail(args, "%s: %lld given, but it is %s", name, (long long)given, meaning);
 }
 
 /* Gives each row its T(w). ASAM scales weights only, not biases and norm layers: tensors of two dimensions or more. */
-static bool take_scaling(fm_args *args, int tensors, int a, bool for_norm, fm_list *list) {
-  const int64_t scaling = args->arg[a].integer;
-  if (scaling < FM_SCALE_NONE || scaling > FM_SCALE_BIG_VISION) {
-    return fm_fail(args, "%s: %lld given, but it is 0 (none), 1 (asam), 2 (davda54) or 3 (big_vision)",
-                   args->arg[a].name, (long long)scaling);
+static bool take_scaling(fm_args *args, const fm_arg *tensors, bool for_norm, fm_list *list) {
+  int scaling = 0;
+  if (!take_choice(args, "scaling", FM_SCALE_BIG_VISION, "0 (none), 1 (asam), 2 (davda54) or 3 (big_vision)",
+                   &scaling)) {
+    return false;
   }
   for (int64_t r = 0; r < list->count; r++) {
-    const bool unscaled = (scaling == FM_SCALE_ASAM && args->arg[tensors].tensors[r].dims < 2) ||
-                          (scaling == FM_SCALE_BIG_VISION && for_norm);
-    list->rows[r].scaling = unscaled ? FM_SCALE_NONE : (int)scaling;
+    const bool unscaled =
+        (scaling == FM_SCALE_ASAM && tensors->tensors[r].dims < 2) || (scaling == FM_SCALE_BIG_VISION && for_norm);
+    list->rows[r].traits.scaling = unscaled ? FM_SCALE_NONE : scaling;
   }
   return true;
 }
 
-/* ---- reductions: a float64 0-dim tensor ---- */
+/* The lists of an operator, the first one first; a list that may be empty is an operand only if it is not. */
+enum { FM_MOST_LISTS = FM_MAX_OPERANDS };
+typedef struct fm_lists {
+  fm_operand operand[FM_MOST_LISTS];
+  int count;
+} fm_lists;
 
-static bool needs_weights(int64_t scaling) { return scaling == FM_SCALE_ASAM || scaling == FM_SCALE_DAVDA54; }
+static void add_list(const fm_args *args, fm_lists *lists, const char *name, int operand, fm_use use) {
+  lists->operand[lists->count++] = (fm_operand){find(args, name), operand, use};
+}
 
-static bool reduce(fm_args *args, fm_operator op, int scaling, int eta, fm_options *o, const fm_scalars *scalars,
-                   StableIValue *stack) {
-  enum { TENSORS, WEIGHTS };
-  fm_list list = {0};
-  fm_slot result = {.tensor = NULL};
-  void *data = NULL;
-  if (!take_not_negative(args, eta, &o->eta) || !fm_take_rows(args, TENSORS, FM_REDUCE_GRAD, FM_READ, &list) ||
-      !take_scaling(args, TENSORS, scaling, true, &list) || !fm_take_partials(args, fm_this_backend.partials, &list) ||
-      (needs_weights(args->arg[scaling].integer) &&
-       !fm_take_operand(args, TENSORS, WEIGHTS, FM_REDUCE_WEIGHT, FM_READ_ANY_TYPE, &list))) {
-    return false;
+static void add_if_any(const fm_args *args, fm_lists *lists, const char *name, int operand, fm_use use) {
+  if (length(args, name) > 0) {
+    add_list(args, lists, name, operand, use);
   }
-  if (aoti_torch_empty_strided(0, NULL, NULL, aoti_torch_dtype_float64(), args->device_type, args->device_index,
-                               &result.tensor) ||
-      torch_get_mutable_data_ptr(result.tensor, &data)) {
+}
+
+/* ---- results ---- */
+
+static bool new_result(fm_args *args, int64_t dims, const int64_t *sizes, fm_slot *result, double **data) {
+  const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
+  void *memory = NULL;
+  if (aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float64(), args->device_type, args->device_index,
+                               &result->tensor) ||
+      torch_get_mutable_data_ptr(result->tensor, &memory)) {
     return fm_fail(args, "flatmin: torch could not allocate a result");
   }
-  if (!fm_this_backend.run(args, op, &list, o, scalars, data)) {
+  *data = memory;
+  return true;
+}
+
+/* Runs an operator that returns a float64 tensor of these sizes, summed over chunks. */
+static bool run_to_result(fm_args *args, fm_operator op, fm_update update, fm_list *list, const fm_options *o,
+                          const fm_scalars *scalars, int64_t dims, const int64_t *sizes, StableIValue *stack) {
+  fm_slot result = {.tensor = NULL};
+  double *data = NULL;
+  if (!fm_take_partials(args, fm_this_backend.partials, list) || !new_result(args, dims, sizes, &result, &data)) {
+    return false;
+  }
+  if (!fm_this_backend.run(args, op, update, list, o, scalars, data)) {
     aoti_torch_delete_tensor_object(result.tensor);
     return false;
   }
@@ -58,76 +112,157 @@ static bool reduce(fm_args *args, fm_operator op, int scaling, int eta, fm_optio
   return true;
 }
 
+/* ---- reductions ---- */
+
+static bool reduce(fm_args *args, fm_operator op, fm_options *o, const fm_scalars *scalars, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_list list = {0};
+  const int64_t scaling = integer(args, "scaling");
+  add_list(args, &lists, "tensors", FM_GRAD, FM_READ);
+  if (scaling == FM_SCALE_ASAM || scaling == FM_SCALE_DAVDA54) {
+    add_list(args, &lists, "weights", FM_PARAM, FM_READ_ANY_TYPE);
+  }
+  return take_not_negative(args, "eta", &o->eta) && fm_take_rows(args, lists.operand, lists.count, &list) &&
+         take_scaling(args, &args->arg[0], true, &list) &&
+         run_to_result(args, op, FM_UPDATE_COUNT, &list, o, scalars, 0, NULL, stack);
+}
+
 static bool op_norm(fm_args *args, StableIValue *stack) {
-  enum { Q = 2, SCALING, ETA };
   fm_options o = {0};
   const fm_scalars none = {0};
-  return take_exponent(args, Q, &o.q) && reduce(args, FM_OP_NORM, SCALING, ETA, &o, &none, stack);
+  return take_exponent(args, &o.q) && reduce(args, FM_OP_NORM, &o, &none, stack);
 }
 
 static bool op_ties(fm_args *args, StableIValue *stack) {
-  enum { NORM = 2, SCALING, ETA };
   fm_options o = {0};
   fm_scalars s = {0};
-  return fm_take_scalar(args, NORM, &s.norm) && reduce(args, FM_OP_TIES, SCALING, ETA, &o, &s, stack);
+  return take_scalar(args, "norm", &s.norm) && reduce(args, FM_OP_TIES, &o, &s, stack);
 }
 
-/* ---- element-wise operators ---- */
-
-static bool op_sam_ascend_(fm_args *args, StableIValue *stack) {
-  enum { PARAMS, GRADS, BACKUP, NORM, RHO, KEY, Q, SCALING, ETA, EPS };
-  (void)stack;
-  const fm_written written[] = {{PARAMS, FM_ASCEND_PARAM}, {BACKUP, FM_ASCEND_OLD}};
+static bool op_pacgen(fm_args *args, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
   fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
-  return take_exponent(args, Q, &o.q) && take_not_negative(args, ETA, &o.eta) && take_not_negative(args, EPS, &o.eps) &&
-         fm_take_rows(args, PARAMS, FM_ASCEND_PARAM, FM_WRITE, &list) && fm_take_scalar(args, NORM, &s.norm) &&
-         fm_take_scalar(args, RHO, &s.rho) && fm_take_key(args, KEY, &s.key) &&
-         take_scaling(args, PARAMS, SCALING, false, &list) &&
-         fm_take_operand(args, PARAMS, GRADS, FM_ASCEND_GRAD, FM_READ, &list) &&
-         fm_take_backup(args, BACKUP, FM_ASCEND_OLD, &list) && fm_check_disjoint(args, written, 2, &list) &&
-         fm_this_backend.run(args, FM_OP_ASCEND, &list, &o, &s, NULL);
+  add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  add_list(args, &lists, "curvatures", FM_CURVATURE, FM_READ);
+  add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_READ);
+  const int64_t sizes[2] = {length(args, "params"), 2};
+  return take_not_negative(args, "gamma", &o.gamma) && take_not_negative(args, "eps", &o.eps) &&
+         fm_take_rows(args, lists.operand, lists.count, &list) &&
+         take_scalar(args, "lipschitz_constant", &s.lipschitz) &&
+         take_scalar(args, "curvature_scale", &s.curvature_scale) &&
+         run_to_result(args, FM_OP_PACGEN, FM_UPDATE_COUNT, &list, &o, &s, 2, sizes, stack);
+}
+
+static bool op_filter_norm(fm_args *args, StableIValue *stack) {
+  fm_options o = {.q = 2.0};
+  const fm_scalars none = {0};
+  fm_list list = {0};
+  if (!fm_take_filters(args, find(args, "tensors"), FM_GRAD, integer(args, "whole"), &list)) {
+    return false;
+  }
+  return run_to_result(args, FM_OP_ROW_NORMS, FM_UPDATE_COUNT, &list, &o, &none, 1, &list.count, stack);
+}
+
+/* ---- updates ---- */
+
+/* Makes the rows of an update's lists; `backup` is the argument's name or NULL. Nothing that is written may share
+ * memory. */
+static bool take_lists(fm_args *args, const fm_lists *lists, const char *backup, fm_list *list) {
+  const int at = backup != NULL ? find(args, backup) : -1;
+  return fm_take_rows(args, lists->operand, lists->count, list) && (at < 0 || fm_take_backup(args, at, list)) &&
+         fm_check_disjoint(args, lists->operand, lists->count, at, list);
+}
+
+static bool run_update(fm_args *args, fm_update update, const fm_list *list, const fm_options *o, const fm_scalars *s) {
+  return fm_this_backend.run(args, FM_OP_UPDATE, update, list, o, s, NULL);
+}
+
+/* The same for an update whose tally of one number is the result. */
+static bool run_tallied(fm_args *args, fm_update update, fm_list *list, const fm_options *o, const fm_scalars *s,
+                        StableIValue *stack) {
+  return run_to_result(args, FM_OP_UPDATE, update, list, o, s, 0, NULL, stack);
+}
+
+static bool op_sam_ascend_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "grads", FM_GRAD, FM_READ);
+  return take_exponent(args, &o.q) && take_not_negative(args, "eta", &o.eta) &&
+         take_not_negative(args, "eps", &o.eps) && take_lists(args, &lists, "backup", &list) &&
+         take_scalar(args, "norm", &s.norm) && take_scalar(args, "rho", &s.rho) &&
+         fm_take_key(args, find(args, "key"), &s.key) && take_scaling(args, &args->arg[0], false, &list) &&
+         run_update(args, FM_ASCEND, &list, &o, &s);
 }
 
 static bool op_restore_(fm_args *args, StableIValue *stack) {
-  enum { PARAMS, BACKUP };
   (void)stack;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}};
-  fm_options o = {0};
-  fm_scalars s = {0};
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  const fm_scalars s = {0};
   fm_list list = {0};
-  if (!fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) || !fm_check_disjoint(args, written, 2, &list)) {
-    return false;
-  }
-  return fm_this_backend.run(args, FM_OP_RESTORE, &list, &o, &s, NULL);
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  return take_lists(args, &lists, "backup", &list) && run_update(args, FM_RESTORE, &list, &o, &s);
 }
 
-static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
-  enum { PARAMS, GRADS, BUFFERS, BACKUP, LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, FIRST_STEP };
-  (void)stack;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM}, {BACKUP, FM_STEP_OLD}, {BUFFERS, FM_SGD_BUFFER}};
-  fm_options o = {.momentum = args->arg[MOMENTUM].number,
-                  .dampening = args->arg[DAMPENING].number,
-                  .weight_decay = args->arg[WEIGHT_DECAY].number,
-                  .nesterov = args->arg[NESTEROV].integer,
-                  .maximize = args->arg[MAXIMIZE].integer,
-                  .first_step = args->arg[FIRST_STEP].integer};
+/* Averages of a curvature and of its quotients beside a base step. A 16-bit weight moves by other than what the step
+ * computed, and mostly not at all. */
+static bool take_averages(fm_args *args, fm_lists *lists, fm_options *o) {
+  add_list(args, lists, "curvatures", FM_CURVATURE, FM_WRITE);
+  add_if_any(args, lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
+  o->source_scale = 1.0;
+  o->decay = number(args, "decay");
+  o->lipschitz_decay = number(args, "lipschitz_decay");
+  const fm_arg *params = &args->arg[0];
+  for (int64_t i = 0; i < params->count; i++) {
+    if (params->tensors[i].dtype == aoti_torch_dtype_bfloat16() ||
+        params->tensors[i].dtype == aoti_torch_dtype_float16()) {
+      return fm_fail(args,
+                     "params[%lld] is of 16 bits, too few for the displacement of a step; call the step without "
+                     "curvature, then curvature_",
+                     (long long)i);
+    }
+  }
+  return take_not_negative(args, "min_step", &o->min_step);
+}
+
+static bool sgd(fm_args *args, bool averages, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_options o = {.momentum = number(args, "momentum"),
+                  .dampening = number(args, "dampening"),
+                  .weight_decay = number(args, "weight_decay"),
+                  .nesterov = integer(args, "nesterov"),
+                  .maximize = integer(args, "maximize"),
+                  .first_step = integer(args, "first_step")};
   fm_scalars s = {0};
   fm_list list = {0};
-  if (o.momentum == 0.0 && args->arg[BUFFERS].count != 0) {
+  if (o.momentum == 0.0 && length(args, "momentum_buffers") != 0) {
     return fm_fail(args, "momentum_buffers are given but momentum is 0; give an empty list");
   }
-  if (!fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, &list) || !fm_take_scalar(args, LR, &s.lr) ||
-      !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
-      (o.momentum != 0.0 && !fm_take_operand(args, PARAMS, BUFFERS, FM_SGD_BUFFER, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, 3, &list)) {
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "grads", FM_GRAD, FM_READ);
+  if (o.momentum != 0.0) {
+    add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
+  }
+  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
+      !take_scalar(args, "lr", &s.lr)) {
     return false;
   }
-  return fm_this_backend.run(args, FM_OP_RESTORE_SGD, &list, &o, &s, NULL);
+  if (!averages) {
+    return run_update(args, FM_RESTORE_SGD, &list, &o, &s);
+  }
+  return fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
+         run_tallied(args, FM_RESTORE_SGD_CURVATURE, &list, &o, &s, stack);
 }
+
+static bool op_restore_sgd_(fm_args *args, StableIValue *stack) { return sgd(args, false, stack); }
+
+static bool op_restore_sgd_curvature_(fm_args *args, StableIValue *stack) { return sgd(args, true, stack); }
 
 /* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
 static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *count) {
@@ -168,66 +303,121 @@ static bool take_steps(fm_args *args, int a, const fm_options *o, fm_list *list)
     if (!step_count(args, arg, r, &count)) {
       return false;
     }
-    list->rows[r].bias_correction1 = 1.0 - fm_pow_int(o->beta1, (int64_t)count + 1);
-    list->rows[r].root_bias_correction = sqrt(1.0 - fm_pow_int(o->beta2, (int64_t)count + 1));
+    list->rows[r].traits.bias_correction1 = 1.0 - fm_pow_int(o->beta1, (int64_t)count + 1);
+    list->rows[r].traits.root_bias_correction = sqrt(1.0 - fm_pow_int(o->beta2, (int64_t)count + 1));
   }
   return true;
 }
 
-static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
-  enum {
-    PARAMS,
-    GRADS,
-    MEANS,
-    SQUARES,
-    LARGEST,
-    STEPS,
-    BACKUP,
-    LR,
-    BETA1,
-    BETA2,
-    EPS,
-    WEIGHT_DECAY,
-    DECOUPLED,
-    AMSGRAD,
-    MAXIMIZE
-  };
-  (void)stack;
-  const fm_written written[] = {{PARAMS, FM_STEP_PARAM},
-                                {BACKUP, FM_STEP_OLD},
-                                {MEANS, FM_ADAM_MEAN},
-                                {SQUARES, FM_ADAM_SQUARE},
-                                {LARGEST, FM_ADAM_LARGEST}};
-  fm_options o = {.beta1 = args->arg[BETA1].number,
-                  .beta2 = args->arg[BETA2].number,
-                  .adam_eps = args->arg[EPS].number,
-                  .weight_decay = args->arg[WEIGHT_DECAY].number,
-                  .decoupled = args->arg[DECOUPLED].integer,
-                  .amsgrad = args->arg[AMSGRAD].integer,
-                  .maximize = args->arg[MAXIMIZE].integer};
+static bool adam(fm_args *args, bool averages, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_options o = {.beta1 = number(args, "beta1"),
+                  .beta2 = number(args, "beta2"),
+                  .adam_eps = number(args, "eps"),
+                  .weight_decay = number(args, "weight_decay"),
+                  .decoupled = integer(args, "decoupled"),
+                  .amsgrad = integer(args, "amsgrad"),
+                  .maximize = integer(args, "maximize")};
   fm_scalars s = {0};
   fm_list list = {0};
-  if (!o.amsgrad && args->arg[LARGEST].count != 0) {
+  const int steps = find(args, "steps");
+  if (!o.amsgrad && length(args, "max_exp_avg_sqs") != 0) {
     return fm_fail(args, "max_exp_avg_sqs are given but amsgrad is False; give an empty list");
   }
-  if (!fm_take_rows(args, PARAMS, FM_STEP_PARAM, FM_WRITE, &list) || !fm_take_scalar(args, LR, &s.lr) ||
-      !fm_take_operand(args, PARAMS, GRADS, FM_STEP_GRAD, FM_READ, &list) ||
-      !fm_take_backup(args, BACKUP, FM_STEP_OLD, &list) ||
-      !fm_take_operand(args, PARAMS, MEANS, FM_ADAM_MEAN, FM_WRITE, &list) ||
-      !fm_take_operand(args, PARAMS, SQUARES, FM_ADAM_SQUARE, FM_WRITE, &list) ||
-      (o.amsgrad && !fm_take_operand(args, PARAMS, LARGEST, FM_ADAM_LARGEST, FM_WRITE, &list)) ||
-      !fm_check_disjoint(args, written, 5, &list) || !take_steps(args, STEPS, &o, &list)) {
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "grads", FM_GRAD, FM_READ);
+  add_list(args, &lists, "exp_avgs", FM_MEAN, FM_WRITE);
+  add_list(args, &lists, "exp_avg_sqs", FM_SQUARE, FM_WRITE);
+  if (o.amsgrad) {
+    add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
+  }
+  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
+      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list)) {
     return false;
   }
-  if (!fm_this_backend.run(args, FM_OP_RESTORE_ADAM, &list, &o, &s, NULL)) {
+  if (!averages && !run_update(args, FM_RESTORE_ADAM, &list, &o, &s)) {
+    return false;
+  }
+  if (averages && (!fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) ||
+                   !run_tallied(args, FM_RESTORE_ADAM_CURVATURE, &list, &o, &s, stack))) {
     return false;
   }
   for (int64_t r = 0; r < list.count; r++) {
     double count = 0.0;
-    step_count(args, &args->arg[STEPS], r, &count);
-    set_step_count(&args->arg[STEPS].tensors[r], count + 1.0);
+    step_count(args, &args->arg[steps], r, &count);
+    set_step_count(&args->arg[steps].tensors[r], count + 1.0);
   }
   return true;
+}
+
+static bool op_restore_adam_(fm_args *args, StableIValue *stack) { return adam(args, false, stack); }
+
+static bool op_restore_adam_curvature_(fm_args *args, StableIValue *stack) { return adam(args, true, stack); }
+
+/* ---- noise and curvature ---- */
+
+static bool op_scaled_noise_(fm_args *args, StableIValue *stack) {
+  const int64_t three = 3;
+  fm_lists lists = {.count = 0};
+  fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  if (!take_choice(args, "sizing", FM_SIZE_GIVEN, "0 (neighbourhood), 1 (curvature) or 2 (given)", &o.sizing) ||
+      !take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal), 2 (truncated_normal) or 3 (rademacher)",
+                   &o.law)) {
+    return false;
+  }
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  if (o.sizing != FM_SIZE_NEIGHBOURHOOD) {
+    add_list(args, &lists, "sizes", FM_CURVATURE, FM_READ);
+  }
+  add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_READ);
+  return take_not_negative(args, "gamma", &o.gamma) && take_not_negative(args, "eps", &o.eps) &&
+         take_lists(args, &lists, "backup", &list) && take_scalar(args, "scale", &s.scale) &&
+         take_scalar(args, "lipschitz_constant", &s.lipschitz) &&
+         take_scalar(args, "curvature_scale", &s.curvature_scale) &&
+         fm_take_full_key(args, find(args, "key"), &s.key) &&
+         run_to_result(args, FM_OP_UPDATE, FM_SCALED_NOISE, &list, &o, &s, 1, &three, stack);
+}
+
+static bool op_probe_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "tensors", FM_PARAM, FM_WRITE);
+  if (integer(args, "law") == FM_LAW_TRUNCATED) {
+    return fm_fail(args, "law: 2 (truncated_normal) given, but without a size there is no cut; give 0, 1 or 3");
+  }
+  return take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal) or 3 (rademacher)", &o.law) &&
+         take_lists(args, &lists, NULL, &list) && fm_take_full_key(args, find(args, "key"), &s.key) &&
+         run_update(args, FM_PROBE, &list, &o, &s);
+}
+
+static bool op_curvature_(fm_args *args, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_options o = {.source_scale = number(args, "source_scale"),
+                  .decay = number(args, "decay"),
+                  .lipschitz_decay = number(args, "lipschitz_decay")};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  const bool quotients = length(args, "params") > 0;
+  if (!take_choice(args, "source", FM_SOURCE_PROBED, "0 (square), 1 (plain) or 2 (probed)", &o.source)) {
+    return false;
+  }
+  if (quotients) { /* first: the backup has the parameters' order */
+    add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  }
+  add_list(args, &lists, "curvatures", FM_CURVATURE, FM_WRITE);
+  add_list(args, &lists, "sources", FM_GRAD, FM_READ_ANY_TYPE);
+  add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
+  return take_not_negative(args, "min_step", &o.min_step) &&
+         take_lists(args, &lists, quotients ? "backup" : NULL, &list) &&
+         fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
+         (o.source == FM_SOURCE_PROBED ? fm_take_full_key(args, find(args, "key"), &s.key)
+                                       : fm_take_key(args, find(args, "key"), &s.key)) &&
+         run_tallied(args, FM_AVERAGE, &list, &o, &s, stack);
 }
 
 static bool op_isa(fm_args *args, StableIValue *stack) {
@@ -255,6 +445,29 @@ static bool op_isa(fm_args *args, StableIValue *stack) {
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, float "    \
     "eps, "                                                                                                           \
     "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()")                                         \
+  X(restore_sgd_curvature_, true,                                                                                     \
+    "restore_sgd_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] "        \
+    "curvatures, Tensor(d!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, float momentum, float "        \
+    "dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, float decay, float "               \
+    "lipschitz_decay, float min_step) -> Tensor")                                                                     \
+  X(restore_adam_curvature_, true,                                                                                    \
+    "restore_adam_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "  \
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] curvatures, Tensor(g!)[] lipschitz, Tensor "      \
+    "backup, Tensor lr, Tensor corrections, float beta1, float beta2, float eps, float weight_decay, bool "           \
+    "decoupled, bool amsgrad, bool maximize, float decay, float lipschitz_decay, float min_step) -> Tensor")          \
+  X(scaled_noise_, true,                                                                                              \
+    "scaled_noise_(Tensor(a!)[] params, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, Tensor key, Tensor "   \
+    "scale, Tensor lipschitz_constant, Tensor curvature_scale, int sizing, int law, float gamma, float eps) -> "      \
+    "Tensor")                                                                                                         \
+  X(probe_, true, "probe_(Tensor(a!)[] tensors, Tensor key, int law) -> ()")                                          \
+  X(curvature_, true,                                                                                                 \
+    "curvature_(Tensor(a!)[] curvatures, Tensor[] sources, Tensor(b!)[] lipschitz, Tensor[] params, Tensor backup, "  \
+    "Tensor key, Tensor corrections, int source, float source_scale, float decay, float lipschitz_decay, float "      \
+    "min_step) -> Tensor")                                                                                            \
+  X(pacgen, true,                                                                                                     \
+    "pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, Tensor "             \
+    "curvature_scale, float gamma, float eps) -> Tensor")                                                             \
+  X(filter_norm, true, "filter_norm(Tensor[] tensors, bool whole) -> Tensor")                                         \
   X(isa, false, "isa() -> int")
 
 typedef bool fm_body(fm_args *args, StableIValue *stack);

@@ -8,20 +8,33 @@ static void torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn
   }
 }
 
-static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options,
+static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
                 const fm_scalars *scalars, double *result) {
   fm_options o = *options;
   fm_read_scalars(&o, scalars);
-  if (op == FM_OP_ASCEND && o.rho < 0.0) {
+  if (o.rho < 0.0) {
     return fm_fail(args, "rho: %g given, but a radius must not be negative", o.rho);
   }
+  if (o.scale < 0.0 && o.sizing == FM_SIZE_CURVATURE) {
+    return fm_fail(args, "scale: %g given, but it must not be negative where curvatures size the noise", o.scale);
+  }
+  if (o.lipschitz < 0.0) {
+    return fm_fail(args, "lipschitz_constant: %g given, but it must not be negative", o.lipschitz);
+  }
+  fm_sum sum = {0.0, 0.0, 0.0, 0.0};
   switch (op) {
     case FM_OP_NORM: *result = fm_norm(list, &o, torch_threads); break;
     case FM_OP_TIES: *result = fm_ties(list, &o, torch_threads); break;
-    case FM_OP_ASCEND: fm_sam_ascend(list, &o, torch_threads); break;
-    case FM_OP_RESTORE: fm_restore(list, &o, torch_threads); break;
-    case FM_OP_RESTORE_SGD: fm_restore_sgd(list, &o, torch_threads); break;
-    case FM_OP_RESTORE_ADAM: fm_restore_adam(list, &o, torch_threads); break;
+    case FM_OP_PACGEN: fm_pacgen(list, &o, result, torch_threads); break;
+    case FM_OP_ROW_NORMS: fm_row_norms(list, &o, result, torch_threads); break;
+    case FM_OP_UPDATE: sum = fm_run_update(update, list, &o, torch_threads); break;
+  }
+  if (op == FM_OP_UPDATE && result != NULL) {
+    result[0] = sum.mid;
+    if (update == FM_SCALED_NOISE) {
+      result[1] = sum.big;
+      result[2] = sum.small;
+    }
   }
   return true;
 }

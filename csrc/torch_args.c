@@ -195,7 +195,6 @@ static bool take_view(fm_args *args, const fm_arg *arg, int64_t i, fm_view *view
                    label(arg, i, text));
   }
   view->data = t->data;
-  view->numel = t->numel;
   return true;
 }
 
@@ -207,9 +206,9 @@ typedef struct fm_order {
   int dim[FM_MAX_DIMS];
 } fm_order;
 
-static bool order_of(fm_args *args, const fm_arg *arg, int64_t i, fm_order *order) {
+/* `t` is the tensor that the error names arg[i], or a part of it. */
+static bool order_of(fm_args *args, const fm_arg *arg, const fm_tensor *t, fm_order *order, int64_t i) {
   char text[FM_LABEL_LENGTH];
-  const fm_tensor *t = &arg->tensors[i];
   order->count = 0;
   for (int64_t d = 0; d < t->dims; d++) {
     if (t->size[d] == 1) {
@@ -232,7 +231,7 @@ static bool check_no_overlap(fm_args *args, const fm_arg *arg, int64_t i) {
   char text[FM_LABEL_LENGTH];
   const fm_tensor *t = &arg->tensors[i];
   fm_order order;
-  if (!order_of(args, arg, i, &order)) {
+  if (!order_of(args, arg, &arg->tensors[i], &order, i)) {
     return false;
   }
   int64_t reach = 0;
@@ -277,32 +276,126 @@ static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm
 
 /* ---- lists to rows ---- */
 
-bool fm_take_rows(fm_args *args, int a, int operand, fm_use use, fm_list *list) {
-  const fm_arg *arg = &args->arg[a];
-  assert(arg->count >= 0);
-  const size_t count = (size_t)arg->count;
-  list->count = arg->count;
-  list->rows = fm_args_alloc(args, count * sizeof *list->rows);
-  list->first_chunk = fm_args_alloc(args, (count + 1) * sizeof *list->first_chunk);
+static bool alloc_rows(fm_args *args, int64_t count, fm_list *list) {
+  assert(count >= 0);
+  list->count = count;
+  list->rows = fm_args_alloc(args, (size_t)count * sizeof *list->rows);
+  list->first_chunk = fm_args_alloc(args, ((size_t)count + 1) * sizeof *list->first_chunk);
   if (list->rows == NULL || list->first_chunk == NULL) {
     return false;
   }
-  memset(list->rows, 0, count * sizeof *list->rows);
+  memset(list->rows, 0, (size_t)count * sizeof *list->rows);
+  return true;
+}
+
+/* The first list: its tensors set sizes, types and order. */
+static bool take_lead(fm_args *args, const fm_operand *lead, fm_list *list) {
+  const fm_arg *arg = &args->arg[lead->arg];
+  if (!alloc_rows(args, arg->count, list)) {
+    return false;
+  }
   for (int64_t i = 0; i < arg->count; i++) {
-    fm_view *view = &list->rows[i].operand[operand];
+    fm_view *view = &list->rows[i].operand[lead->operand];
     fm_order order;
-    if (!take_view(args, arg, i, view) || (use == FM_WRITE && !check_no_overlap(args, arg, i)) ||
-        !order_of(args, arg, i, &order) || !lay_out(args, &arg->tensors[i], &order, view)) {
+    if (!take_view(args, arg, i, view) || (lead->use == FM_WRITE && !check_no_overlap(args, arg, i)) ||
+        !order_of(args, arg, &arg->tensors[i], &order, i) || !lay_out(args, &arg->tensors[i], &order, view)) {
       return false;
     }
+    list->rows[i].numel = arg->tensors[i].numel;
     list->rows[i].wide = view->dtype == FM_F64;
   }
   fm_list_plan(list);
   return true;
 }
 
+static bool same_sizes(const fm_tensor *a, const fm_tensor *b) {
+  return a->dims == b->dims && memcmp(a->size, b->size, (size_t)a->dims * sizeof *a->size) == 0;
+}
+
+static bool take_operand(fm_args *args, const fm_operand *first, const fm_operand *operand, fm_list *list) {
+  const fm_arg *lead = &args->arg[first->arg], *arg = &args->arg[operand->arg];
+  char text[FM_LABEL_LENGTH];
+  if (arg->count != lead->count) {
+    return fm_fail(args, "%s has %" PRId64 " tensors and %s has %" PRId64 "; give one for each", arg->name, arg->count,
+                   lead->name, lead->count);
+  }
+  for (int64_t i = 0; i < arg->count; i++) {
+    fm_view *view = &list->rows[i].operand[operand->operand];
+    if (!take_view(args, arg, i, view)) {
+      return false;
+    }
+    if (!same_sizes(&lead->tensors[i], &arg->tensors[i])) {
+      return fm_fail(args, "%s has other sizes than %s[%" PRId64 "]; give tensors of the same sizes",
+                     label(arg, i, text), lead->name, i);
+    }
+    fm_dtype own = FM_F32;
+    float_dtype(lead->tensors[i].dtype, &own);
+    if (view->dtype != own && view->dtype != FM_F32 && operand->use != FM_READ_ANY_TYPE) {
+      return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", label(arg, i, text),
+                     lead->name, i);
+    }
+    fm_order order;
+    if ((operand->use == FM_WRITE && !check_no_overlap(args, arg, i)) ||
+        !order_of(args, lead, &lead->tensors[i], &order, i) || !lay_out(args, &arg->tensors[i], &order, view)) {
+      return false;
+    }
+    list->rows[i].wide |= view->dtype == FM_F64;
+  }
+  return true;
+}
+
+bool fm_take_rows(fm_args *args, const fm_operand *operands, int count, fm_list *list) {
+  if (!take_lead(args, &operands[0], list)) {
+    return false;
+  }
+  for (int k = 1; k < count; k++) {
+    if (!take_operand(args, &operands[0], &operands[k], list)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool fm_take_filters(fm_args *args, int a, int operand, bool whole, fm_list *list) {
+  const fm_arg *arg = &args->arg[a];
+  int64_t count = 0, r = 0;
+  for (int64_t i = 0; i < arg->count; i++) {
+    count += whole || arg->tensors[i].dims < 2 ? 1 : arg->tensors[i].size[0];
+  }
+  if (!alloc_rows(args, count, list)) {
+    return false;
+  }
+  for (int64_t i = 0; i < arg->count; i++) {
+    fm_tensor filter = arg->tensors[i];
+    const bool split = !whole && filter.dims >= 2;
+    const int64_t filters = split ? filter.size[0] : 1, apart = split ? filter.stride[0] : 0;
+    fm_view view = {NULL, NULL, FM_F32};
+    fm_order order;
+    if (!take_view(args, arg, i, &view)) {
+      return false;
+    }
+    if (split) {
+      filter.dims--;
+      filter.size++;
+      filter.stride++;
+      filter.numel = filters > 0 ? filter.numel / filters : 0;
+    }
+    if (!order_of(args, arg, &filter, &order, i) || !lay_out(args, &filter, &order, &view)) {
+      return false;
+    }
+    for (int64_t f = 0; f < filters; f++, r++) {
+      list->rows[r].operand[operand] = view;
+      list->rows[r].operand[operand].data += f * apart * (int64_t)fm_dtype_size(view.dtype);
+      list->rows[r].numel = filter.numel;
+      list->rows[r].wide = view.dtype == FM_F64;
+    }
+  }
+  fm_list_plan(list);
+  return true;
+}
+
 bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list) {
-  const int64_t doubles = 3 * partials(list->first_chunk[list->count]), stride = 1;
+  const int64_t doubles = 4 * partials(list->first_chunk[list->count]), stride = 1;
   void *data = NULL;
   if (aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), args->device_type, args->device_index,
                                &args->scratch) ||
@@ -313,43 +406,7 @@ bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_lis
   return true;
 }
 
-static bool same_sizes(const fm_tensor *a, const fm_tensor *b) {
-  return a->dims == b->dims && memcmp(a->size, b->size, (size_t)a->dims * sizeof *a->size) == 0;
-}
-
-bool fm_take_operand(fm_args *args, int first, int a, int operand, fm_use use, fm_list *list) {
-  const fm_arg *lead = &args->arg[first], *arg = &args->arg[a];
-  char text[FM_LABEL_LENGTH];
-  if (arg->count != lead->count) {
-    return fm_fail(args, "%s has %" PRId64 " tensors and %s has %" PRId64 "; give one for each", arg->name, arg->count,
-                   lead->name, lead->count);
-  }
-  for (int64_t i = 0; i < arg->count; i++) {
-    fm_view *view = &list->rows[i].operand[operand];
-    if (!take_view(args, arg, i, view)) {
-      return false;
-    }
-    if (!same_sizes(&lead->tensors[i], &arg->tensors[i])) {
-      return fm_fail(args, "%s has other sizes than %s[%" PRId64 "]; give tensors of the same sizes",
-                     label(arg, i, text), lead->name, i);
-    }
-    fm_dtype own = FM_F32;
-    float_dtype(lead->tensors[i].dtype, &own);
-    if (view->dtype != own && view->dtype != FM_F32 && use != FM_READ_ANY_TYPE) {
-      return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", label(arg, i, text),
-                     lead->name, i);
-    }
-    fm_order order;
-    if ((use == FM_WRITE && !check_no_overlap(args, arg, i)) || !order_of(args, lead, i, &order) ||
-        !lay_out(args, &arg->tensors[i], &order, view)) {
-      return false;
-    }
-    list->rows[i].wide |= view->dtype == FM_F64;
-  }
-  return true;
-}
-
-bool fm_take_backup(fm_args *args, int a, int operand, fm_list *list) {
+bool fm_take_backup(fm_args *args, int a, fm_list *list) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
   if (!check_place(args, arg, 0)) {
@@ -357,10 +414,10 @@ bool fm_take_backup(fm_args *args, int a, int operand, fm_list *list) {
   }
   int64_t needed = 0;
   for (int64_t i = 0; i < list->count; i++) {
-    const fm_view *param = &list->rows[i].operand[0];
-    fm_view *slot = &list->rows[i].operand[operand];
-    *slot = (fm_view){t->data + needed, NULL, param->numel, param->dtype};
-    const int64_t bytes = param->numel * (int64_t)fm_dtype_size(param->dtype);
+    fm_row *row = &list->rows[i];
+    const fm_dtype dtype = row->operand[FM_PARAM].dtype;
+    row->operand[FM_OLD] = (fm_view){t->data + needed, NULL, dtype};
+    const int64_t bytes = row->numel * (int64_t)fm_dtype_size(dtype);
     needed += (bytes + FM_ALIGNMENT - 1) / FM_ALIGNMENT * FM_ALIGNMENT;
   }
   if (t->dtype != aoti_torch_dtype_uint8() || t->dims != 1 || t->numel != needed || (needed > 1 && t->stride[0] != 1)) {
@@ -378,11 +435,11 @@ typedef struct fm_extent {
   const char *begin, *end; /* first byte, one past the last */
   fm_view view;
   int arg;
-  int64_t item;
+  int64_t item, numel;
 } fm_extent;
 
-static fm_extent extent_of(const fm_view *v, int arg, int64_t item) {
-  int64_t last = v->numel - 1;
+static fm_extent extent_of(const fm_view *v, int64_t numel, int arg, int64_t item) {
+  int64_t last = numel - 1;
   if (v->layout != NULL) {
     last = 0;
     for (int d = 0; d < v->layout->dims; d++) {
@@ -390,7 +447,7 @@ static fm_extent extent_of(const fm_view *v, int arg, int64_t item) {
     }
   }
   const char *end = v->data + (last + 1) * (int64_t)fm_dtype_size(v->dtype);
-  return (fm_extent){v->data, end, *v, arg, item};
+  return (fm_extent){v->data, end, *v, arg, item, numel};
 }
 
 /* Shell's sort with Ciura's gaps. The lists of a step arrive in long ascending runs, on which it does little: for 426
@@ -410,9 +467,10 @@ static void sort_extents(fm_extent *extents, int64_t n) {
 }
 
 /* Marks every byte of a tensor in `map`, which starts at byte `base`; false if one is marked already. */
-static bool mark_bytes(const fm_view *v, const char *base, unsigned char *map) {
+static bool mark_bytes(const fm_extent *extent, const char *base, unsigned char *map) {
+  const fm_view *v = &extent->view;
   const int64_t size = (int64_t)fm_dtype_size(v->dtype);
-  for (int64_t i = 0; i < v->numel; i++) {
+  for (int64_t i = 0; i < extent->numel; i++) {
     int64_t offset = i, rest = i;
     if (v->layout != NULL) {
       offset = 0;
@@ -453,27 +511,30 @@ static bool check_group(fm_args *args, const fm_extent *extents, int64_t count) 
   }
   int64_t clash = 0;
   for (int64_t i = 0; i < count && clash == 0; i++) {
-    clash = mark_bytes(&extents[i].view, extents[0].begin, map) ? 0 : i;
+    clash = mark_bytes(&extents[i], extents[0].begin, map) ? 0 : i;
   }
   free(map);
   return clash == 0 || fail_shared(args, &extents[clash - 1], &extents[clash]);
 }
 
-bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, const fm_list *list) {
-  fm_extent *extents = fm_args_alloc(args, (size_t)(list->count * count) * sizeof *extents);
+bool fm_check_disjoint(fm_args *args, const fm_operand *operands, int count, int backup, const fm_list *list) {
+  fm_extent *extents = fm_args_alloc(args, (size_t)(list->count * count + 1) * sizeof *extents);
   if (extents == NULL) {
     return false;
   }
   int64_t n = 0;
   for (int k = 0; k < count; k++) {
-    const fm_arg *arg = &args->arg[written[k].arg];
-    for (int64_t i = 0; i < arg->count; i++) {
-      const fm_view whole = {arg->tensors[i].data, NULL, arg->tensors[i].numel / 2, FM_BF16}; /* a backup: bytes */
-      const fm_view *v = arg->is_list ? &list->rows[i].operand[written[k].operand] : &whole;
-      if (v->numel > 0 && v->data != NULL) {
-        extents[n++] = extent_of(v, written[k].arg, i);
+    for (int64_t i = 0; operands[k].use == FM_WRITE && i < list->count; i++) {
+      const fm_view *v = &list->rows[i].operand[operands[k].operand];
+      if (list->rows[i].numel > 0 && v->data != NULL) {
+        extents[n++] = extent_of(v, list->rows[i].numel, operands[k].arg, i);
       }
     }
+  }
+  if (backup >= 0 && args->arg[backup].tensors[0].numel > 0) { /* bytes, always an even number of them */
+    const fm_tensor *t = &args->arg[backup].tensors[0];
+    const fm_view whole = {t->data, NULL, FM_BF16};
+    extents[n++] = extent_of(&whole, t->numel / 2, backup, 0);
   }
   sort_extents(extents, n);
   for (int64_t i = 0; i < n;) { /* groups whose extents touch one another */
@@ -492,14 +553,16 @@ bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, cons
 
 /* ---- single tensors ---- */
 
-bool fm_take_scalar(fm_args *args, int a, const double **value) {
+bool fm_take_scalars(fm_args *args, int a, int64_t count, const double **value) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
   if (!check_place(args, arg, 0)) {
     return false;
   }
-  if (t->dtype != aoti_torch_dtype_float64() || t->numel != 1) {
-    return fm_fail(args, "%s must be a float64 tensor of one element", arg->name);
+  if (t->dtype != aoti_torch_dtype_float64() || t->numel != count || (count > 1 && t->stride[t->dims - 1] != 1)) {
+    return count == 1
+               ? fm_fail(args, "%s must be a float64 tensor of one element", arg->name)
+               : fm_fail(args, "%s must be a contiguous float64 tensor of %" PRId64 " elements", arg->name, count);
   }
   *value = (const double *)(const void *)t->data;
   return true;
@@ -517,4 +580,10 @@ bool fm_take_key(fm_args *args, int a, const uint64_t **key) {
   }
   *key = t->numel == 2 ? (const uint64_t *)(const void *)t->data : NULL;
   return true;
+}
+
+bool fm_take_full_key(fm_args *args, int a, const uint64_t **key) {
+  return fm_take_key(args, a, key) &&
+         (*key != NULL ||
+          fm_fail(args, "%s is empty; give (seed, step), from flatmin.ops.random_key", args->arg[a].name));
 }

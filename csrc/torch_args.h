@@ -9,7 +9,7 @@
 #include "fm_ops.h"
 #include "torch_abi.h"
 
-enum { FM_MAX_ARGS = 16, FM_NAME_LENGTH = 32, FM_ERROR_LENGTH = 384 };
+enum { FM_MAX_ARGS = 24, FM_NAME_LENGTH = 32, FM_ERROR_LENGTH = 384 };
 
 /* A slot of torch's stack, by what the schema says is in it. */
 typedef union fm_slot {
@@ -62,31 +62,33 @@ bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(print
 /* How the operator uses a list. A norm multiplies in double and reads any floating type beside any other. */
 typedef enum fm_use { FM_READ, FM_READ_ANY_TYPE, FM_WRITE } fm_use;
 
-/* Makes the rows of `list` from the tensors of argument `arg`, which sets the order of elements: ascending in memory.
- */
-bool fm_take_rows(fm_args *args, int arg, int operand, fm_use use, fm_list *list);
+/* A list that is an operand of the rows. What is written must not share memory. */
+typedef struct fm_operand {
+  int arg, operand;
+  fm_use use;
+} fm_operand;
+
+/* Makes the rows of `list` from the tensors of the first of `count` lists, which sets the order of elements: ascending
+ * in memory. The others are as many, of the same sizes, of the same type or float32. */
+bool fm_take_rows(fm_args *args, const fm_operand *operands, int count, fm_list *list);
+
+/* Makes one row of each index of the first dimension, or of each tensor if `whole` or of fewer dimensions than two. */
+bool fm_take_filters(fm_args *args, int arg, int operand, bool whole, fm_list *list);
 
 /* Room on the device for the partial results of a reduction: `partials` of the number of chunks. */
 bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list);
 
-/* Adds the tensors of `arg` to the rows made from `first`: as many, of the same sizes, of the same type or float32. */
-bool fm_take_operand(fm_args *args, int first, int arg, int operand, fm_use use, fm_list *list);
-
 /* Adds the slices of a backup (one uint8 tensor) to the rows. */
-bool fm_take_backup(fm_args *args, int arg, int operand, fm_list *list);
+bool fm_take_backup(fm_args *args, int arg, fm_list *list);
 
-/* An argument that the operator writes, and the operand that a list's tensors became. A single tensor is the backup. */
-typedef struct fm_written {
-  int arg, operand;
-} fm_written;
+/* Fails if two of the written tensors share memory, the backup among them unless `backup` is negative. */
+bool fm_check_disjoint(fm_args *args, const fm_operand *operands, int count, int backup, const fm_list *list);
 
-/* Fails if two of the written tensors share memory. */
-bool fm_check_disjoint(fm_args *args, const fm_written *written, int count, const fm_list *list);
+/* The address of a float64 tensor of `count` elements. On a GPU only kernels may read there. */
+bool fm_take_scalars(fm_args *args, int arg, int64_t count, const double **value);
 
-/* The address of a float64 tensor of one element. On a GPU only kernels may read there. */
-bool fm_take_scalar(fm_args *args, int arg, const double **value);
-
-/* The two words of a uint64 key; NULL for an empty one. */
+/* The two words of a uint64 key; NULL for an empty one, which the second form refuses. */
 bool fm_take_key(fm_args *args, int arg, const uint64_t **key);
+bool fm_take_full_key(fm_args *args, int arg, const uint64_t **key);
 
 #endif

@@ -11,17 +11,16 @@ extern "C" {
 /* Elements of list->partials that the reductions need for this many chunks: the folds write their results behind. */
 int64_t fm_cuda_partials(int64_t chunks);
 
-/* Launch an operator on `stream` of the current device; NULL, or what CUDA says went wrong. `result` is on the device.
- */
+/* Launch an operator on `stream` of the current device; NULL, or what CUDA says went wrong. `scalars` and `result` are
+ * on the device; see csrc/fm_ops.h for what is in `result`, and csrc/backend.h for an update's. */
 const char *fm_cuda_norm(const fm_list *list, const fm_options *options, double *result, void *stream);
 const char *fm_cuda_ties(const fm_list *list, const fm_options *options, const fm_scalars *scalars, double *result,
                          void *stream);
-const char *fm_cuda_sam_ascend(const fm_list *list, const fm_options *options, const fm_scalars *scalars, void *stream);
-const char *fm_cuda_restore(const fm_list *list, const fm_options *options, const fm_scalars *scalars, void *stream);
-const char *fm_cuda_restore_sgd(const fm_list *list, const fm_options *options, const fm_scalars *scalars,
-                                void *stream);
-const char *fm_cuda_restore_adam(const fm_list *list, const fm_options *options, const fm_scalars *scalars,
-                                 void *stream);
+const char *fm_cuda_pacgen(const fm_list *list, const fm_options *options, const fm_scalars *scalars, double *result,
+                           void *stream);
+const char *fm_cuda_row_norms(const fm_list *list, const fm_options *options, double *result, void *stream);
+const char *fm_cuda_update(fm_update update, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+                           double *result, void *stream);
 
 /* Whether the driver is as new as the CUDA runtime in this library. */
 bool fm_cuda_ready(void);

@@ -1,28 +1,29 @@
 /* The CUDA grid over the formulas of csrc/fm_math.h: the same chunks, lanes and trees as csrc/kernels.c, hence the same
  * bits. No atomics; nothing depends on alignment or on the number of blocks.
  *
- * A launch carries its table of tensors in the kernel's arguments (32,764 bytes since sm_70), so a pass over 300
- * tensors is one launch and no table is copied to the device. A quad of 4 elements is what a thread moves at a time: 16
- * bytes of float32, 32 of float64, 8 of a 16-bit type. */
+ * A launch carries its table of tensors in the kernel's arguments (32,764 bytes since sm_70), so a pass over 250
+ * tensors is one launch and no table is copied to the device. A thread takes 8 elements at a time (4 in float64
+ * arithmetic), by loads of 128 bits: one for a 16-bit type, two for float32. */
 #include "fm_cuda.h"
 #include "launch.h"
 
 enum {
-  FM_CUDA_ROWS = 300,
+  FM_CUDA_ROWS = 250,
   FM_CUDA_WARP = 32,
-  FM_CUDA_THREADS = 256,    /* element-wise kernels: 4 quads a thread and chunk */
-  FM_CUDA_CHUNKS = 4,       /* reductions: warps of a block, one chunk each */
+  FM_CUDA_SPAN = 8,         /* elements of a thread: lanes 8 t to 8 t + 7 of a chunk, so a warp has all 256 */
+  FM_CUDA_THREADS = 256,    /* element-wise kernels: two spans a thread and chunk */
+  FM_CUDA_CHUNKS = 4,       /* what sums over a chunk: warps of a block, one chunk each */
   FM_CUDA_FOLD = 1024,      /* partial results that one block folds: ten levels of the tree */
   FM_CUDA_BLOCKS_PER_SM = 8 /* enough to cover latency; a block then walks on through the chunks */
 };
+static_assert(FM_LANES == FM_CUDA_WARP * FM_CUDA_SPAN, "a warp has all lanes");
 
 typedef struct fm_cuda_row {
   char *data[FM_MAX_OPERANDS];
   int64_t numel, first_chunk;
-  double bias_correction1, root_bias_correction;
+  fm_traits traits;
   uint32_t index; /* in the list: the tensor's stream of random numbers */
   uint8_t dtype[FM_MAX_OPERANDS];
-  uint8_t scaling;
   bool wide;
 } fm_cuda_row;
 
@@ -41,20 +42,16 @@ static_assert(sizeof(fm_cuda_launch) <= 32764 - 64, "kernel arguments");
 
 #define FM_DEVICE static __device__ __forceinline__
 
-/* ---- quads: four elements of one type in registers ---- */
+/* ---- the bits of 4 or 8 elements of one type in registers ---- */
 
-struct __align__(8) fm_vec8 {
-  uint32_t word[2];
-};
 struct __align__(16) fm_vec16 {
   uint32_t word[4];
 };
-struct fm_quad_bits {
-  uint32_t word[8]; /* float64 fills it, float32 half, a 16-bit type a quarter */
+struct fm_bits {
+  uint32_t word[8];
 };
 
-/* Words of a quad of this type, which is also the size of one element in halves of a word. */
-FM_DEVICE int fm_quad_words(int dtype) { return dtype == FM_F64 ? 8 : dtype == FM_F32 ? 4 : 2; }
+FM_DEVICE int fm_element_size(int dtype) { return dtype == FM_F64 ? 8 : dtype == FM_F32 ? 4 : 2; }
 
 FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i) {
   int64_t offset = i;
@@ -65,80 +62,79 @@ FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int 
       i /= l->layout[k].size[d];
     }
   }
-  return row->data[k] + offset * fm_quad_words(row->dtype[k]);
+  return row->data[k] + offset * fm_element_size(row->dtype[k]);
 }
 
-FM_DEVICE bool fm_is_vector(const fm_cuda_launch *l, int k, const char *at, int words, int count) {
-  return count == 4 && !(l->strided && l->layout[k].dims > 0) && (uintptr_t)at % (words == 2 ? 8 : 16) == 0;
+/* Whether a vector, of 16 or 32 bytes, lies together on a boundary of 16. */
+FM_DEVICE bool fm_is_vector(const fm_cuda_launch *l, int k, const char *at, bool whole) {
+  return whole && !(l->strided && l->layout[k].dims > 0) && (uintptr_t)at % 16 == 0;
 }
 
-FM_DEVICE fm_quad_bits fm_load_quad(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i, int count) {
-  fm_quad_bits q = {{0, 0, 0, 0, 0, 0, 0, 0}};
-  const int words = fm_quad_words(row->dtype[k]);
+/* The word that element j of this size begins in. */
+FM_DEVICE int fm_word_of(int size, int j) { return size == 2 ? j / 2 : size == 4 ? j : 2 * j; }
+
+/* `count` of WIDTH elements of operand k, from element i on; zeros for the others. What is no vector goes element by
+ * element through one text, which chooses its word among eight: an index would send them to local memory, and a text
+ * for each took nvcc minutes. */
+template <int WIDTH>
+FM_DEVICE fm_bits fm_load(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i, int count) {
+  fm_bits q = {{0, 0, 0, 0, 0, 0, 0, 0}};
+  const int size = fm_element_size(row->dtype[k]);
   const char *at = fm_element(l, row, k, i);
-  if (fm_is_vector(l, k, at, words, count)) {
-    if (words == 2) {
-      const fm_vec8 v = *(const fm_vec8 *)at;
-      q.word[0] = v.word[0];
-      q.word[1] = v.word[1];
-    } else {
-      const fm_vec16 v = *(const fm_vec16 *)at;
-      const fm_vec16 next = words == 8 ? *(const fm_vec16 *)(at + 16) : v;
+  if (fm_is_vector(l, k, at, count == WIDTH)) {
+    const fm_vec16 v = *(const fm_vec16 *)at;
+    const fm_vec16 next = WIDTH * size == 32 ? *(const fm_vec16 *)(at + 16) : v;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        q.word[j] = v.word[j];
-        q.word[4 + j] = next.word[j];
-      }
+    for (int j = 0; j < 4; j++) {
+      q.word[j] = v.word[j];
+      q.word[4 + j] = next.word[j];
     }
     return q;
   }
+#pragma unroll 1
+  for (int j = 0; j < count; j++) {
+    const char *element = fm_element(l, row, k, i + j);
+    const int begin = fm_word_of(size, j);
+    const uint32_t low = size == 2 ? (uint32_t)*(const uint16_t *)element << 16 * (j % 2) : *(const uint32_t *)element;
+    const uint32_t high = size == 8 ? ((const uint32_t *)element)[1] : 0;
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    if (j < count) {
-      const char *element = fm_element(l, row, k, i + j);
-      if (words == 2) {
-        q.word[j / 2] |= (uint32_t)*(const uint16_t *)element << 16 * (j % 2);
-      } else if (words == 4) {
-        q.word[j] = *(const uint32_t *)element;
-      } else {
-        q.word[2 * j] = ((const uint32_t *)element)[0];
-        q.word[2 * j + 1] = ((const uint32_t *)element)[1];
-      }
+    for (int w = 0; w < 8; w++) {
+      q.word[w] |= w == begin ? low : w == begin + 1 ? high : 0;
     }
   }
   return q;
 }
 
-FM_DEVICE void fm_store_quad(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i, int count,
-                             const fm_quad_bits &q) {
-  const int words = fm_quad_words(row->dtype[k]);
+template <int WIDTH>
+FM_DEVICE void fm_store(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i, int count,
+                        const fm_bits &q) {
+  const int size = fm_element_size(row->dtype[k]);
   char *at = fm_element(l, row, k, i);
-  if (fm_is_vector(l, k, at, words, count)) {
-    if (words == 2) {
-      const fm_vec8 v = {{q.word[0], q.word[1]}};
-      *(fm_vec8 *)at = v;
-    } else {
-      const fm_vec16 v = {{q.word[0], q.word[1], q.word[2], q.word[3]}};
-      *(fm_vec16 *)at = v;
-      if (words == 8) {
-        const fm_vec16 next = {{q.word[4], q.word[5], q.word[6], q.word[7]}};
-        *(fm_vec16 *)(at + 16) = next;
-      }
+  if (fm_is_vector(l, k, at, count == WIDTH)) {
+    const fm_vec16 v = {{q.word[0], q.word[1], q.word[2], q.word[3]}};
+    *(fm_vec16 *)at = v;
+    if (WIDTH * size == 32) {
+      const fm_vec16 next = {{q.word[4], q.word[5], q.word[6], q.word[7]}};
+      *(fm_vec16 *)(at + 16) = next;
     }
     return;
   }
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    if (j < count) {
-      char *element = fm_element(l, row, k, i + j);
-      if (words == 2) {
-        *(uint16_t *)element = (uint16_t)(q.word[j / 2] >> 16 * (j % 2));
-      } else if (words == 4) {
-        *(uint32_t *)element = q.word[j];
-      } else {
-        ((uint32_t *)element)[0] = q.word[2 * j];
-        ((uint32_t *)element)[1] = q.word[2 * j + 1];
+  fm_bits rest = q; /* moves down as its first word is stored */
+#pragma unroll 1
+  for (int j = 0; j < count; j++) {
+    char *element = fm_element(l, row, k, i + j);
+    if (size == 2) {
+      *(uint16_t *)element = (uint16_t)(rest.word[0] >> 16 * (j % 2));
+    } else {
+      ((uint32_t *)element)[0] = rest.word[0];
+      if (size == 8) {
+        ((uint32_t *)element)[1] = rest.word[1];
       }
+    }
+    const int step = size == 2 ? j % 2 : size / 4;
+#pragma unroll
+    for (int w = 0; w < 8; w++) {
+      rest.word[w] = step == 1 ? rest.word[(w + 1) % 8] : step == 2 ? rest.word[(w + 2) % 8] : rest.word[w];
     }
   }
 }
@@ -162,13 +158,47 @@ FM_DEVICE int64_t fm_chunk_size(const fm_cuda_row *row, int64_t start) {
   return row->numel - start < FM_CHUNK ? row->numel - start : FM_CHUNK;
 }
 
-FM_DEVICE fm_sum fm_shuffle_down(fm_sum s, unsigned by) {
-  fm_sum t;
+FM_DEVICE fm_sum fm_shuffle_down(fm_sum s, unsigned by, bool parts) {
+  fm_sum t = s;
   t.mid = __shfl_down_sync(0xffffffffu, s.mid, by);
-  t.big = __shfl_down_sync(0xffffffffu, s.big, by);
-  t.small = __shfl_down_sync(0xffffffffu, s.small, by);
+  if (parts) {
+    t.big = __shfl_down_sync(0xffffffffu, s.big, by);
+    t.small = __shfl_down_sync(0xffffffffu, s.small, by);
+    t.rest = __shfl_down_sync(0xffffffffu, s.rest, by);
+  }
   return t;
 }
+
+/* The lanes of a chunk in halves on halves, as fold_lanes in csrc/kernels.c: thread t of a warp has lanes 8 t to
+ * 8 t + 7. The sum is thread 0's. */
+template <int TERM, bool WIDE>
+FM_DEVICE fm_sum fm_fold_lanes(fm_sum *lanes) {
+#pragma unroll
+  for (int j = 0; j < FM_CUDA_SPAN; j++) {
+#pragma unroll 1
+    for (unsigned by = 16; by > 0; by /= 2) {
+      lanes[j] = fm_fold(lanes[j], fm_shuffle_down(lanes[j], by, fm_has_parts(TERM, WIDE)), TERM);
+    }
+  }
+#pragma unroll
+  for (int half = FM_CUDA_SPAN / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; j++) {
+      lanes[j] = fm_fold(lanes[j], lanes[j + half], TERM);
+    }
+  }
+  return lanes[0];
+}
+
+template <fm_update UPDATE>
+struct fm_tally_of;
+#define FM_TALLY_OF(update, name, reads, writes, tally, copy) \
+  template <>                                                 \
+  struct fm_tally_of<update> {                                \
+    enum { term = (tally) };                                  \
+  };
+FM_UPDATES(FM_TALLY_OF)
+#undef FM_TALLY_OF
 
 /* ---- the same loops for float and double arithmetic ---- */
 
@@ -190,28 +220,65 @@ FM_DEVICE fm_sum fm_shuffle_down(fm_sum s, unsigned by) {
 
 /* ---- kernels ---- */
 
-/* One warp for each chunk: thread t owns lanes 4t to 4t + 3, which fold in halves by shuffles. */
+/* One warp for each chunk. */
 template <int TERM>
 __global__ void fm_reduce_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   fm_options o = l.options;
   fm_read_scalars(&o, &l.scalars);
-  const int warp = (int)threadIdx.x / FM_CUDA_WARP, lane = (int)threadIdx.x % FM_CUDA_WARP;
+  const int warp = (int)threadIdx.x / FM_CUDA_WARP, thread = (int)threadIdx.x % FM_CUDA_WARP;
   const int64_t stride = (int64_t)gridDim.x * FM_CUDA_CHUNKS;
   for (int64_t c = l.chunk_begin + (int64_t)blockIdx.x * FM_CUDA_CHUNKS + warp; c < l.chunk_end; c += stride) {
     const fm_cuda_row *row = fm_row_of(&l, c);
     const int64_t start = (c - row->first_chunk) * FM_CHUNK;
-    const fm_sum sum = row->wide ? fm_reduce_chunk_f64<TERM>(&l, row, start, lane, &o)
-                                 : fm_reduce_chunk_f32<TERM>(&l, row, start, lane, &o);
-    if (lane == 0) {
+    const fm_sum sum = row->wide ? fm_reduce_chunk_f64<TERM>(&l, row, start, thread, &o)
+                                 : fm_reduce_chunk_f32<TERM>(&l, row, start, thread, &o);
+    if (thread == 0) {
       l.partials[c] = sum;
     }
   }
 }
 
-enum fm_finish { FM_FINISH_NONE, FM_FINISH_ROOT, FM_FINISH_SUM, FM_FINISH_POWERS };
+enum fm_finish {
+  FM_FINISH_NONE,
+  FM_FINISH_ROOT,
+  FM_FINISH_SUM,
+  FM_FINISH_POWERS,
+  FM_FINISH_NOISE,
+  FM_FINISH_PACGEN,
+};
 
-/* Each block folds FM_CUDA_FOLD neighbours by ten levels of the tree; the last launch, of one block, ends with the
- * operator's value. An odd element out moves up unpaired, as in core.c. */
+FM_DEVICE void fm_finish_with(fm_finish finish, fm_sum total, double q, double *result) {
+  if (finish == FM_FINISH_ROOT) {
+    *result = fm_sum_root(total);
+  } else if (finish == FM_FINISH_SUM) {
+    *result = total.mid;
+  } else if (finish == FM_FINISH_POWERS) {
+    if (!fm_norm_is_largest(*result, q)) { /* it holds the largest from the pass before */
+      *result = fm_norm_from_powers(*result, total.mid, q);
+    }
+  } else if (finish == FM_FINISH_NOISE) {
+    result[0] = total.mid;
+    result[1] = total.big;
+    result[2] = total.small;
+  } else if (finish == FM_FINISH_PACGEN) {
+    result[0] = fm_pacgen_of(total);
+    result[1] = total.rest;
+  }
+}
+
+/* Ten levels of the tree over n <= FM_CUDA_FOLD neighbours, in place; an odd element out moves up unpaired, as in
+ * core.c. The sum is in held[0]. */
+FM_DEVICE void fm_fold_block(fm_sum *held, int n, int term) {
+  for (int step = 1; step < FM_CUDA_FOLD; step *= 2) {
+    const int i = 2 * step * (int)threadIdx.x;
+    if (i + step < n) {
+      held[i] = fm_fold(held[i], held[i + step], term);
+    }
+    __syncthreads();
+  }
+}
+
+/* Each block folds FM_CUDA_FOLD neighbours; the last launch, of one block, ends with the operator's value. */
 __global__ void fm_fold_kernel(const fm_sum *from, int64_t count, fm_sum *to, int term, fm_finish finish, double q,
                                double *result) {
   __shared__ fm_sum held[FM_CUDA_FOLD];
@@ -221,58 +288,74 @@ __global__ void fm_fold_kernel(const fm_sum *from, int64_t count, fm_sum *to, in
     held[i] = from[base + i];
   }
   __syncthreads();
-  for (int step = 1; step < FM_CUDA_FOLD; step *= 2) {
-    const int i = 2 * step * (int)threadIdx.x;
-    if (i + step < n) {
-      held[i] = fm_fold(held[i], held[i + step], term);
+  fm_fold_block(held, n, term);
+  if (threadIdx.x == 0) {
+    const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+    const fm_sum total = n > 0 ? held[0] : none;
+    if (finish == FM_FINISH_NONE) {
+      to[blockIdx.x] = total;
+    } else {
+      fm_finish_with(finish, total, q, result);
     }
-    __syncthreads();
-  }
-  if (threadIdx.x != 0) {
-    return;
-  }
-  const fm_sum none = {0.0, 0.0, 0.0};
-  const fm_sum total = n > 0 ? held[0] : none;
-  if (finish == FM_FINISH_NONE) {
-    to[blockIdx.x] = total;
-  } else if (finish == FM_FINISH_ROOT) {
-    *result = fm_sum_root(total);
-  } else if (finish == FM_FINISH_SUM) {
-    *result = total.mid;
-  } else if (!fm_norm_is_largest(*result, q)) { /* it holds the largest from the pass before */
-    *result = fm_norm_from_powers(*result, total.mid, q);
   }
 }
 
-enum fm_update { FM_UPDATE_ASCEND, FM_UPDATE_RESTORE, FM_UPDATE_SGD, FM_UPDATE_ADAM };
+/* One block for each row of a launch, whose result it leaves at its index in the list. A block folds pieces of
+ * FM_CUDA_FOLD one after another and their sums over the first of them, which it has read by then. */
+__global__ void fm_fold_rows_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l, int term, fm_finish finish, int numbers,
+                                    double *result) {
+  __shared__ fm_sum held[FM_CUDA_FOLD];
+  const fm_cuda_row *row = &l.row[blockIdx.x];
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+  fm_sum *const partials = l.partials + row->first_chunk;
+  int64_t count = (row->numel + FM_CHUNK - 1) / FM_CHUNK;
+  fm_sum total = none;
+  do {
+    const int64_t pieces = (count + FM_CUDA_FOLD - 1) / FM_CUDA_FOLD;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      const int64_t base = piece * FM_CUDA_FOLD;
+      const int n = (int)(count - base < FM_CUDA_FOLD ? count - base : FM_CUDA_FOLD);
+      for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        held[i] = partials[base + i];
+      }
+      __syncthreads();
+      fm_fold_block(held, n, term);
+      total = held[0];
+      if (threadIdx.x == 0 && pieces > 1) {
+        partials[piece] = total;
+      }
+      __syncthreads();
+    }
+    count = pieces;
+  } while (count > 1);
+  if (threadIdx.x == 0) {
+    fm_finish_with(finish, row->numel > 0 ? total : none, 0.0, result + (int64_t)row->index * numbers);
+  }
+}
 
-/* One block for each chunk, a quad for each thread at a time. */
+/* One block for each chunk; one warp where the update is summed over. */
 template <fm_update UPDATE>
 __global__ void fm_update_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   fm_options o = l.options;
   fm_read_scalars(&o, &l.scalars);
-  for (int64_t c = l.chunk_begin + blockIdx.x; c < l.chunk_end; c += gridDim.x) {
+  const bool tallies = fm_shape_of(UPDATE).tally >= 0;
+  const int threads = tallies ? FM_CUDA_WARP : FM_CUDA_THREADS;
+  const int thread = (int)threadIdx.x % threads;
+  const int64_t at_once = tallies ? FM_CUDA_CHUNKS : 1, first = (int64_t)blockIdx.x * at_once + threadIdx.x / threads;
+  for (int64_t c = l.chunk_begin + first; c < l.chunk_end; c += (int64_t)gridDim.x * at_once) {
     const fm_cuda_row *row = fm_row_of(&l, c);
-    const int64_t start = (c - row->first_chunk) * FM_CHUNK, n = fm_chunk_size(row, start);
-    for (int64_t i = 4 * (int64_t)threadIdx.x; i < n; i += 4 * (int64_t)blockDim.x) {
-      const int count = (int)(n - i < 4 ? n - i : 4);
-      if (UPDATE == FM_UPDATE_RESTORE) {
-        fm_store_quad(&l, row, FM_STEP_PARAM, start + i, count, fm_load_quad(&l, row, FM_STEP_OLD, start + i, count));
-      } else if (UPDATE == FM_UPDATE_ASCEND) {
-        row->wide ? fm_ascend_quad_f64(&l, row, start + i, count, &o)
-                  : fm_ascend_quad_f32(&l, row, start + i, count, &o);
-      } else if (UPDATE == FM_UPDATE_SGD) {
-        row->wide ? fm_sgd_quad_f64(&l, row, start + i, count, &o) : fm_sgd_quad_f32(&l, row, start + i, count, &o);
-      } else {
-        row->wide ? fm_adam_quad_f64(&l, row, start + i, count, &o) : fm_adam_quad_f32(&l, row, start + i, count, &o);
-      }
+    const int64_t start = (c - row->first_chunk) * FM_CHUNK;
+    const fm_sum sum = row->wide ? fm_update_chunk_f64<UPDATE>(&l, row, start, thread, threads, &o)
+                                 : fm_update_chunk_f32<UPDATE>(&l, row, start, thread, threads, &o);
+    if (tallies && thread == 0) {
+      l.partials[c] = sum;
     }
   }
 }
 
 /* ---- launches ---- */
 
-typedef void fm_launch_fn(const fm_cuda_launch &l, void *stream);
+typedef void fm_launch_fn(const fm_cuda_launch &l, void *context);
 
 static int64_t blocks_for(int64_t blocks) {
   const int64_t most = (int64_t)fm_processors() * FM_CUDA_BLOCKS_PER_SM;
@@ -287,12 +370,29 @@ static void launch_reduce(const fm_cuda_launch &l, void *stream) {
 
 template <fm_update UPDATE>
 static void launch_update(const fm_cuda_launch &l, void *stream) {
-  FM_LAUNCH(fm_update_kernel<UPDATE>, blocks_for(l.chunk_end - l.chunk_begin), FM_CUDA_THREADS, stream, l);
+  const bool tallies = fm_shape_of(UPDATE).tally >= 0;
+  const int64_t chunks = l.chunk_end - l.chunk_begin, at_once = tallies ? FM_CUDA_CHUNKS : 1;
+  const int threads = tallies ? FM_CUDA_CHUNKS * FM_CUDA_WARP : FM_CUDA_THREADS;
+  FM_LAUNCH(fm_update_kernel<UPDATE>, blocks_for((chunks + at_once - 1) / at_once), threads, stream, l);
 }
 
-static void flush(fm_cuda_launch *l, fm_launch_fn *launch, void *stream) {
-  if (l->rows > 0 && l->chunk_end > l->chunk_begin) {
-    launch(*l, stream);
+/* Rows without elements have a result too. */
+typedef struct fm_row_fold {
+  int term;
+  fm_finish finish;
+  int numbers;
+  double *result;
+  void *stream;
+} fm_row_fold;
+
+static void launch_fold_rows(const fm_cuda_launch &l, void *context) {
+  const fm_row_fold *f = (const fm_row_fold *)context;
+  FM_LAUNCH(fm_fold_rows_kernel, l.rows, FM_CUDA_FOLD / 2, f->stream, l, f->term, f->finish, f->numbers, f->result);
+}
+
+static void flush(fm_cuda_launch *l, fm_launch_fn *launch, void *context) {
+  if (l->rows > 0 && (l->chunk_end > l->chunk_begin || launch == launch_fold_rows)) {
+    launch(*l, context);
   }
   l->rows = 0;
   l->strided = false;
@@ -314,21 +414,19 @@ static void add_row(fm_cuda_launch *l, const fm_list *list, int64_t r) {
     row->data[k] = from->operand[k].data;
     row->dtype[k] = (uint8_t)from->operand[k].dtype;
   }
-  row->numel = from->operand[0].numel;
+  row->numel = from->numel;
   row->first_chunk = list->first_chunk[r];
-  row->bias_correction1 = from->bias_correction1;
-  row->root_bias_correction = from->root_bias_correction;
+  row->traits = from->traits;
   row->index = (uint32_t)r;
-  row->scaling = (uint8_t)from->scaling;
   row->wide = from->wide;
   l->chunk_begin = l->rows == 0 ? row->first_chunk : l->chunk_begin;
   l->chunk_end = list->first_chunk[r + 1];
   l->rows++;
 }
 
-/* Dense rows go together, up to a full table; a row with a layout goes alone. */
+/* Dense rows go together, up to a full table; a row with a layout goes alone, but where no element is read. */
 static void launch_all(const fm_list *list, const fm_options *options, const fm_scalars *scalars, fm_launch_fn *launch,
-                       void *stream) {
+                       void *context) {
   fm_cuda_launch l;
   l.options = *options;
   l.scalars = *scalars;
@@ -336,9 +434,9 @@ static void launch_all(const fm_list *list, const fm_options *options, const fm_
   l.rows = 0;
   l.strided = false;
   for (int64_t r = 0; r < list->count; r++) {
-    const bool strided = is_strided(&list->rows[r]);
+    const bool strided = is_strided(&list->rows[r]) && launch != launch_fold_rows;
     if (strided || l.rows == FM_CUDA_ROWS) {
-      flush(&l, launch, stream);
+      flush(&l, launch, context);
     }
     add_row(&l, list, r);
     if (strided) {
@@ -347,10 +445,10 @@ static void launch_all(const fm_list *list, const fm_options *options, const fm_
         l.layout[k] = list->rows[r].operand[k].layout != NULL ? *list->rows[r].operand[k].layout : dense;
       }
       l.strided = true;
-      flush(&l, launch, stream);
+      flush(&l, launch, context);
     }
   }
-  flush(&l, launch, stream);
+  flush(&l, launch, context);
 }
 
 extern "C" int64_t fm_cuda_partials(int64_t chunks) { return chunks + chunks / (FM_CUDA_FOLD - 1) + 8; }
@@ -368,19 +466,32 @@ static void fold(const fm_list *list, int term, fm_finish finish, double q, doub
   FM_LAUNCH(fm_fold_kernel, 1, FM_CUDA_FOLD / 2, stream, from, count, to, term, finish, q, result);
 }
 
+static void fold_rows(const fm_list *list, int term, fm_finish finish, int numbers, double *result, void *stream) {
+  const fm_options options = {};
+  const fm_scalars scalars = {};
+  fm_row_fold context = {term, finish, numbers, result, stream};
+  launch_all(list, &options, &scalars, launch_fold_rows, &context);
+}
+
 extern "C" const char *fm_cuda_norm(const fm_list *list, const fm_options *options, double *result, void *stream) {
-  fm_scalars scalars = {NULL, NULL, NULL, NULL};
-  if (options->q == 2.0) {
+  fm_scalars scalars = {};
+  const double q = options->q;
+  if (q == 2.0) {
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_SQUARE>, stream);
-    fold(list, FM_TERM_SQUARE, FM_FINISH_ROOT, options->q, result, stream);
+    fold(list, FM_TERM_SQUARE, FM_FINISH_ROOT, q, result, stream);
+    return fm_launch_error();
+  }
+  if (q == 1.0 && !fm_any_wide(list)) {
+    launch_all(list, options, &scalars, launch_reduce<FM_TERM_MAGNITUDE>, stream);
+    fold(list, FM_TERM_MAGNITUDE, FM_FINISH_SUM, q, result, stream);
     return fm_launch_error();
   }
   launch_all(list, options, &scalars, launch_reduce<FM_TERM_LARGEST>, stream);
-  fold(list, FM_TERM_LARGEST, FM_FINISH_SUM, options->q, result, stream);
-  if (!isinf(options->q)) {
+  fold(list, FM_TERM_LARGEST, FM_FINISH_SUM, q, result, stream);
+  if (!isinf(q)) {
     scalars.norm = result;
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_POWER>, stream);
-    fold(list, FM_TERM_POWER, FM_FINISH_POWERS, options->q, result, stream);
+    fold(list, FM_TERM_POWER, FM_FINISH_POWERS, q, result, stream);
   }
   return fm_launch_error();
 }
@@ -392,16 +503,35 @@ extern "C" const char *fm_cuda_ties(const fm_list *list, const fm_options *optio
   return fm_launch_error();
 }
 
-#define FM_CUDA_UPDATE(name, update)                                                                     \
-  extern "C" const char *name(const fm_list *list, const fm_options *options, const fm_scalars *scalars, \
-                              void *stream) {                                                            \
-    launch_all(list, options, scalars, launch_update<update>, stream);                                   \
-    return fm_launch_error();                                                                            \
+extern "C" const char *fm_cuda_pacgen(const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+                                      double *result, void *stream) {
+  launch_all(list, options, scalars, launch_reduce<FM_TERM_PACGEN>, stream);
+  fold_rows(list, FM_TERM_PACGEN, FM_FINISH_PACGEN, 2, result, stream);
+  return fm_launch_error();
+}
+
+extern "C" const char *fm_cuda_row_norms(const fm_list *list, const fm_options *options, double *result, void *stream) {
+  const fm_scalars scalars = {};
+  launch_all(list, options, &scalars, launch_reduce<FM_TERM_SQUARE>, stream);
+  fold_rows(list, FM_TERM_SQUARE, FM_FINISH_ROOT, 1, result, stream);
+  return fm_launch_error();
+}
+
+extern "C" const char *fm_cuda_update(fm_update update, const fm_list *list, const fm_options *options,
+                                      const fm_scalars *scalars, double *result, void *stream) {
+  switch (update) {
+#define FM_LAUNCH_CASE(update, name, reads, writes, tally, copy) \
+  case update: launch_all(list, options, scalars, launch_update<update>, stream); break;
+    FM_UPDATES(FM_LAUNCH_CASE)
+#undef FM_LAUNCH_CASE
+    default: break;
   }
-FM_CUDA_UPDATE(fm_cuda_sam_ascend, FM_UPDATE_ASCEND)
-FM_CUDA_UPDATE(fm_cuda_restore, FM_UPDATE_RESTORE)
-FM_CUDA_UPDATE(fm_cuda_restore_sgd, FM_UPDATE_SGD)
-FM_CUDA_UPDATE(fm_cuda_restore_adam, FM_UPDATE_ADAM)
+  const int tally = fm_shape_of(update).tally;
+  if (tally >= 0 && result != NULL) {
+    fold(list, tally, tally == FM_TERM_NOISE ? FM_FINISH_NOISE : FM_FINISH_SUM, 0.0, result, stream);
+  }
+  return fm_launch_error();
+}
 
 extern "C" bool fm_cuda_ready(void) {
 #ifdef FM_EMULATE

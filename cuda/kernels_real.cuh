@@ -1,152 +1,216 @@
 /* The device code of kernels.cu for one type of arithmetic; see csrc/kernels_real.h, its twin on the CPU. */
 
-FM_DEVICE FM_REAL FM_NAME(fm_get)(const fm_quad_bits &q, int dtype, int j) {
-  if (dtype == FM_F64) {
-    return (FM_REAL)fm_f64_bits((uint64_t)q.word[2 * j + 1] << 32 | q.word[2 * j]);
+/* Elements that are loaded together: 16 or 32 bytes of any type that this arithmetic reads; and those whose arithmetic
+ * is written out. The two halves of a vector share one text in a loop, which halves nvcc's time. */
+enum { FM_NAME(FM_WIDTH) = sizeof(FM_REAL) == 8 ? 4 : 8, FM_NAME(FM_STEP) = FM_NAME(FM_WIDTH) / 2 };
+
+FM_DEVICE uint32_t FM_NAME(fm_word)(const fm_bits &q, int half, int apart, int j) {
+  return half ? q.word[(apart + j) % 8] : q.word[j % 8];
+}
+
+/* Element j of a half. */
+FM_DEVICE FM_REAL FM_NAME(fm_get)(const fm_bits &q, int dtype, int half, int j) {
+  const int step = FM_NAME(FM_STEP);
+  if (FM_NATIVE == FM_F64 && dtype == FM_F64) {
+    const uint32_t low = FM_NAME(fm_word)(q, half, 2 * step, 2 * j),
+                   high = FM_NAME(fm_word)(q, half, 2 * step, 2 * j + 1);
+    return (FM_REAL)fm_f64_bits((uint64_t)high << 32 | low);
   }
   if (dtype == FM_F32) {
-    return (FM_REAL)fm_f32_bits(q.word[j]);
+    return (FM_REAL)fm_f32_bits(FM_NAME(fm_word)(q, half, step, j));
   }
-  const uint16_t half = (uint16_t)(q.word[j / 2] >> 16 * (j % 2));
-  return (FM_REAL)(dtype == FM_BF16 ? fm_bf16_to_f32(half) : fm_f16_to_f32(half));
+  const uint16_t bits = (uint16_t)(FM_NAME(fm_word)(q, half, step / 2, j / 2) >> 16 * (j % 2));
+  return (FM_REAL)(dtype == FM_BF16 ? fm_bf16_to_f32(bits) : fm_f16_to_f32(bits));
 }
 
-/* The quad must be zero where nothing was put. */
-FM_DEVICE void FM_NAME(fm_put)(fm_quad_bits *q, int dtype, int j, FM_REAL x) {
-  if (dtype == FM_F64) {
-    const uint64_t bits = fm_bits_f64((double)x);
-    q->word[2 * j] = (uint32_t)bits;
-    q->word[2 * j + 1] = (uint32_t)(bits >> 32);
-  } else if (dtype == FM_F32) {
-    q->word[j] = fm_bits_f32((float)x);
+/* Sets bits of a word of a half, which are zero before. */
+FM_DEVICE void FM_NAME(fm_add_word)(fm_bits *q, int half, int apart, int j, uint32_t bits) {
+  if (half) {
+    q->word[(apart + j) % 8] |= bits;
   } else {
-    const uint16_t half = dtype == FM_BF16 ? fm_f32_to_bf16((float)x) : fm_f32_to_f16((float)x);
-    q->word[j / 2] |= (uint32_t)half << 16 * (j % 2);
+    q->word[j % 8] |= bits;
   }
 }
 
-/* The same for a 16-bit type rounded by chance. */
-FM_DEVICE void FM_NAME(fm_put_random)(fm_quad_bits *q, int dtype, int j, FM_REAL x, uint32_t random) {
-  const uint16_t half =
-      dtype == FM_BF16 ? fm_f32_to_bf16_random((float)x, random) : fm_f32_to_f16_random((float)x, random);
-  q->word[j / 2] |= (uint32_t)half << 16 * (j % 2);
+/* Rounds a 16-bit type by `random` if `by_chance`. */
+FM_DEVICE void FM_NAME(fm_put)(fm_bits *q, int dtype, int half, int j, FM_REAL x, bool by_chance, uint32_t random) {
+  const int step = FM_NAME(FM_STEP);
+  if (FM_NATIVE == FM_F64 && dtype == FM_F64) {
+    const uint64_t bits = fm_bits_f64((double)x);
+    FM_NAME(fm_add_word)(q, half, 2 * step, 2 * j, (uint32_t)bits);
+    FM_NAME(fm_add_word)(q, half, 2 * step, 2 * j + 1, (uint32_t)(bits >> 32));
+  } else if (dtype == FM_F32) {
+    FM_NAME(fm_add_word)(q, half, step, j, fm_bits_f32((float)x));
+  } else {
+    uint16_t bits = dtype == FM_BF16 ? fm_f32_to_bf16((float)x) : fm_f32_to_f16((float)x);
+    if (by_chance) {
+      bits = dtype == FM_BF16 ? fm_f32_to_bf16_random((float)x, random) : fm_f32_to_f16_random((float)x, random);
+    }
+    FM_NAME(fm_add_word)(q, half, step / 2, j / 2, (uint32_t)bits << 16 * (j % 2));
+  }
 }
 
-/* ---- reductions: thread `lane` of a warp has lanes 4 lane to 4 lane + 3 of the chunk ---- */
+/* ---- reductions ---- */
 
 template <int TERM>
-FM_DEVICE fm_sum FM_NAME(fm_reduce_chunk)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int lane,
+FM_DEVICE void FM_NAME(fm_add_term)(fm_sum *lane, FM_REAL a, FM_REAL w, FM_REAL rho, int scaling, const fm_options *o) {
+  if (TERM == FM_TERM_PACGEN) {
+    fm_pacgen_term(lane, (double)w, (double)a, (double)rho, o);
+    return;
+  }
+  const double x = fabs(scaling == FM_SCALE_NONE ? (double)a : FM_NAME(fm_scaled_gradient)(w, a, scaling, o->eta));
+  *lane = fm_fold(*lane, fm_term(x, TERM, FM_NATIVE == FM_F64, o), TERM);
+}
+
+/* Lanes that the halves of a vector choose among by number would go to local memory; each half has its own, and the two
+ * vectors of float64 that make a span theirs. */
+template <int TERM>
+FM_DEVICE fm_sum FM_NAME(fm_reduce_chunk)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int thread,
                                           const fm_options *o) {
-  const bool wide = FM_NATIVE == FM_F64;
-  const bool scaled = row->scaling != FM_SCALE_NONE;
+  const int width = FM_NAME(FM_WIDTH), step = FM_NAME(FM_STEP);
+  const bool pacgen = TERM == FM_TERM_PACGEN;
+  const int scaling = pacgen ? FM_SCALE_NONE : row->traits.scaling, k = pacgen ? FM_CURVATURE : FM_GRAD;
+  const bool has_lipschitz = pacgen && row->data[FM_LIPSCHITZ] != NULL;
   const int64_t n = fm_chunk_size(row, start);
-  fm_sum lanes[4] = {{0.0, 0.0, 0.0}, {0.0, 0.0, 0.0}, {0.0, 0.0, 0.0}, {0.0, 0.0, 0.0}};
-  for (int64_t i = 4 * lane; i < n; i += FM_LANES) {
-    const int count = (int)(n - i < 4 ? n - i : 4);
-    const fm_quad_bits g = fm_load_quad(l, row, FM_REDUCE_GRAD, start + i, count);
-    const fm_quad_bits w = scaled ? fm_load_quad(l, row, FM_REDUCE_WEIGHT, start + i, count) : g;
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+  fm_sum lanes[FM_CUDA_SPAN] = {none, none, none, none, none, none, none, none};
+  for (int64_t span = FM_CUDA_SPAN * thread; span < n; span += FM_LANES) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (j < count) {
-        const FM_REAL gj = FM_NAME(fm_get)(g, row->dtype[FM_REDUCE_GRAD], j);
-        const double x = fabs(scaled ? FM_NAME(fm_scaled_gradient)(FM_NAME(fm_get)(w, row->dtype[FM_REDUCE_WEIGHT], j),
-                                                                   gj, row->scaling, o->eta)
-                                     : (double)gj);
-        lanes[j] = fm_fold(lanes[j], fm_term(x, TERM, wide, o), TERM);
+    for (int part = 0; part < FM_CUDA_SPAN; part += width) {
+      const int64_t i = span + part;
+      const int count = (int)(n - i < width ? n - i : width);
+      if (count <= 0) {
+        continue;
+      }
+      const fm_bits a = fm_load<width>(l, row, k, start + i, count);
+      const fm_bits w = pacgen || scaling != FM_SCALE_NONE ? fm_load<width>(l, row, FM_PARAM, start + i, count) : a;
+      const fm_bits rho = has_lipschitz ? fm_load<width>(l, row, FM_LIPSCHITZ, start + i, count) : a;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < step; j++) {
+          if (half * step + j < count) {
+            const FM_REAL one = (FM_REAL)fm_default(FM_LIPSCHITZ);
+            FM_NAME(fm_add_term)<TERM>(
+                &lanes[(part + half * step + j) % FM_CUDA_SPAN], FM_NAME(fm_get)(a, row->dtype[k], half, j),
+                FM_NAME(fm_get)(w, row->dtype[FM_PARAM], half, j),
+                has_lipschitz ? FM_NAME(fm_get)(rho, row->dtype[FM_LIPSCHITZ], half, j) : one, scaling, o);
+          }
+        }
       }
     }
   }
-#pragma unroll
-  for (unsigned by = 16; by > 0; by /= 2) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      lanes[j] = fm_fold(lanes[j], fm_shuffle_down(lanes[j], by), TERM);
-    }
-  }
-  return fm_fold(fm_fold(lanes[0], lanes[2], TERM), fm_fold(lanes[1], lanes[3], TERM), TERM);
+  return fm_fold_lanes<TERM, FM_NATIVE == FM_F64>(lanes);
 }
 
-/* ---- updates of one quad ---- */
+/* ---- updates ---- */
 
-FM_DEVICE void FM_NAME(fm_ascend_quad)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t i, int count,
-                                       const fm_options *o) {
-  const fm_quad_bits old = fm_load_quad(l, row, FM_ASCEND_PARAM, i, count);
-  fm_store_quad(l, row, FM_ASCEND_OLD, i, count, old);
-  if (!FM_NAME(fm_ascend_moves)(o)) {
+static_assert(FM_PARAM == 0 && FM_MAX_OPERANDS == 8, "the operands that the macros below name by number");
+#define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+
+/* Applies an update to `count` elements from i on, and adds to `lanes` what it tallies. */
+template <fm_update UPDATE>
+FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t i, int count,
+                                         int form, const FM_NAME(fm_rule) * rule, fm_sum *lanes) {
+  const int width = FM_NAME(FM_WIDTH), step = FM_NAME(FM_STEP);
+  const fm_shape shape = fm_shape_of(UPDATE);
+  const fm_options *o = rule->options;
+  const int dtype = row->dtype[FM_PARAM];
+  const bool draws = (shape.reads & FM_BIT(FM_DRAW)) && !(fm_absent(UPDATE, form) & FM_BIT(FM_DRAW));
+  const bool by_chance = UPDATE == FM_ASCEND && o->random && (dtype == FM_BF16 || dtype == FM_F16);
+  const fm_bits empty = {{0, 0, 0, 0, 0, 0, 0, 0}};
+  if (shape.copy == FM_COPY_FROM_BACKUP) {
+    fm_store<width>(l, row, FM_PARAM, i, count, fm_load<width>(l, row, FM_OLD, i, count));
     return;
   }
-  const int dtype = row->dtype[FM_ASCEND_PARAM];
-  const fm_quad_bits grad = fm_load_quad(l, row, FM_ASCEND_GRAD, i, count);
-  const FM_REAL step = (FM_REAL)(o->rho / (o->norm + o->eps)), eta = (FM_REAL)o->eta;
-  const bool by_chance = o->random && (dtype == FM_BF16 || dtype == FM_F16);
-  const fm_quad random = by_chance ? fm_random_quad(o->seed, o->step, row->index, (uint64_t)i / 4) : fm_quad();
-  fm_quad_bits out = {{0, 0, 0, 0, 0, 0, 0, 0}};
+  if (UPDATE == FM_ASCEND && !FM_NAME(fm_ascend_moves)(o)) {
+    fm_store<width>(l, row, FM_OLD, i, count, fm_load<width>(l, row, FM_PARAM, i, count));
+    return;
+  }
+#define FM_OPEN(k)                                                                                           \
+  const bool has_##k = row->data[k] != NULL && !(fm_absent(UPDATE, form) & FM_BIT(k));                       \
+  const fm_bits in_##k = (shape.reads & FM_BIT(k)) && has_##k ? fm_load<width>(l, row, k, i, count) : empty; \
+  fm_bits out_##k = empty;
+  FM_EACH_OPERAND(FM_OPEN)
+  if (shape.copy == FM_COPY_TO_BACKUP) {
+    fm_store<width>(l, row, FM_OLD, i, count, in_0);
+  }
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    const int first = half * step; /* of a quad in float, of half a quad in double */
+    fm_quad words = {{0, 0, 0, 0}};
+    fm_draws drawn = {{0.0F, 0.0F, 0.0F, 0.0F}};
+    if (draws || by_chance) {
+      words = fm_random_quad(o->seed, o->step, row->index, (uint64_t)(i + first) / 4);
+    }
+    if (draws) {
+      drawn = fm_draw_quad(words, fm_law_of(UPDATE, o));
+    }
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const FM_REAL w = FM_NAME(fm_get)(old, dtype, j), g = FM_NAME(fm_get)(grad, row->dtype[FM_ASCEND_GRAD], j);
-    const FM_REAL x =
-        o->q == 2.0 ? FM_NAME(fm_ascend_2)(w, g, step, row->scaling, eta) : FM_NAME(fm_ascend_q)(w, g, row->scaling, o);
-    if (by_chance) {
-      FM_NAME(fm_put_random)(&out, dtype, j, x, random.lane[j]);
-    } else {
-      FM_NAME(fm_put)(&out, dtype, j, x);
+    for (int j = 0; j < step; j++) {
+      FM_REAL v[FM_SLOTS];
+#define FM_GET(k)                                                                              \
+  if (shape.reads & FM_BIT(k)) {                                                               \
+    v[k] = has_##k ? FM_NAME(fm_get)(in_##k, row->dtype[k], half, j) : (FM_REAL)fm_default(k); \
+  }
+#define FM_PUT(k)                                                                                \
+  if (shape.writes & FM_BIT(k)) {                                                                \
+    FM_NAME(fm_put)(&out_##k, row->dtype[k], half, j, v[k], (k) == FM_PARAM && by_chance, word); \
+  }
+      FM_EACH_OPERAND(FM_GET)
+      const bool upper = step == 2 && half;
+      const uint32_t word = upper ? words.lane[(2 + j) % 4] : words.lane[j];
+      v[FM_DRAW] = (FM_REAL)(upper ? drawn.lane[(2 + j) % 4] : drawn.lane[j]);
+      FM_NAME(fm_apply)(UPDATE, form, v, rule);
+      FM_EACH_OPERAND(FM_PUT)
+      if (shape.tally >= 0 && first + j < count) {
+        fm_sum add = {(double)v[FM_TALLY], 0.0, 0.0, 0.0};
+        if (shape.tally == FM_TERM_NOISE) {
+          add.big = (double)v[FM_TALLY + 1];
+          add.small = (double)v[FM_TALLY + 2];
+        }
+        if (half) {
+          lanes[step + j] = fm_fold(lanes[step + j], add, shape.tally);
+        } else {
+          lanes[j] = fm_fold(lanes[j], add, shape.tally);
+        }
+      }
     }
   }
-  fm_store_quad(l, row, FM_ASCEND_PARAM, i, count, out);
+#define FM_CLOSE(k)                                \
+  if ((shape.writes & FM_BIT(k)) && has_##k) {     \
+    fm_store<width>(l, row, k, i, count, out_##k); \
+  }
+  FM_EACH_OPERAND(FM_CLOSE)
+#undef FM_OPEN
+#undef FM_GET
+#undef FM_PUT
+#undef FM_CLOSE
 }
 
-FM_DEVICE void FM_NAME(fm_sgd_quad)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t i, int count,
-                                    const fm_options *o) {
-  const FM_NAME(fm_sgd) sgd = FM_NAME(fm_sgd_of)(o);
-  const bool has_buffer = row->data[FM_SGD_BUFFER] != NULL;
-  const fm_quad_bits old = fm_load_quad(l, row, FM_STEP_OLD, i, count);
-  const fm_quad_bits grad = fm_load_quad(l, row, FM_STEP_GRAD, i, count);
-  const fm_quad_bits buffer = has_buffer ? fm_load_quad(l, row, FM_SGD_BUFFER, i, count) : grad;
-  fm_quad_bits out = {{0, 0, 0, 0, 0, 0, 0, 0}}, kept = out;
+/* One chunk by `threads` threads. Returns what is tallied, to thread 0 of a warp. */
+template <fm_update UPDATE>
+FM_DEVICE fm_sum FM_NAME(fm_update_chunk)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int thread,
+                                          int threads, const fm_options *o) {
+  const int width = FM_NAME(FM_WIDTH);
+  constexpr int tally = fm_tally_of<UPDATE>::term;
+  const int64_t n = fm_chunk_size(row, start);
+  const int form = fm_form(UPDATE, o, &row->traits, row->data[FM_BUFFER] != NULL);
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+  fm_sum lanes[FM_CUDA_SPAN] = {none, none, none, none, none, none, none, none};
+  FM_NAME(fm_rule) rule;
+  FM_NAME(fm_set_rule)(&rule, UPDATE, o, &row->traits);
+  for (int64_t span = (int64_t)FM_CUDA_SPAN * thread; span < n; span += (int64_t)FM_CUDA_SPAN * threads) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const FM_REAL w = FM_NAME(fm_get)(old, row->dtype[FM_STEP_OLD], j);
-    FM_REAL d = FM_NAME(fm_sgd_direction)(w, FM_NAME(fm_get)(grad, row->dtype[FM_STEP_GRAD], j), &sgd);
-    if (has_buffer) {
-      const FM_REAL b = FM_NAME(fm_sgd_buffer)(d, FM_NAME(fm_get)(buffer, row->dtype[FM_SGD_BUFFER], j), &sgd);
-      FM_NAME(fm_put)(&kept, row->dtype[FM_SGD_BUFFER], j, b);
-      d = FM_NAME(fm_sgd_look_ahead)(d, b, &sgd);
+    for (int part = 0; part < FM_CUDA_SPAN; part += width) {
+      const int64_t i = span + part;
+      if (i < n) {
+        FM_NAME(fm_update_vector)<UPDATE>(l, row, start + i, (int)(n - i < width ? n - i : width), form, &rule,
+                                          lanes + part);
+      }
     }
-    FM_NAME(fm_put)(&out, row->dtype[FM_STEP_PARAM], j, FM_NAME(fm_sgd_step)(w, d, &sgd));
   }
-  if (has_buffer) {
-    fm_store_quad(l, row, FM_SGD_BUFFER, i, count, kept);
-  }
-  fm_store_quad(l, row, FM_STEP_PARAM, i, count, out);
+  return tally >= 0 ? fm_fold_lanes<tally, false>(lanes) : none;
 }
 
-FM_DEVICE void FM_NAME(fm_adam_quad)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t i, int count,
-                                     const fm_options *o) {
-  const FM_NAME(fm_adam) adam = FM_NAME(fm_adam_of)(o, row->bias_correction1, row->root_bias_correction);
-  const fm_quad_bits old = fm_load_quad(l, row, FM_STEP_OLD, i, count);
-  const fm_quad_bits grad = fm_load_quad(l, row, FM_STEP_GRAD, i, count);
-  const fm_quad_bits mean = fm_load_quad(l, row, FM_ADAM_MEAN, i, count);
-  const fm_quad_bits square = fm_load_quad(l, row, FM_ADAM_SQUARE, i, count);
-  const fm_quad_bits largest = adam.amsgrad ? fm_load_quad(l, row, FM_ADAM_LARGEST, i, count) : square;
-  fm_quad_bits out = {{0, 0, 0, 0, 0, 0, 0, 0}}, new_mean = out, new_square = out, new_largest = out;
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const FM_REAL w = FM_NAME(fm_get)(old, row->dtype[FM_STEP_OLD], j);
-    const FM_REAL d = FM_NAME(fm_adam_gradient)(w, FM_NAME(fm_get)(grad, row->dtype[FM_STEP_GRAD], j), &adam);
-    const FM_REAL m = FM_NAME(fm_adam_mean)(FM_NAME(fm_get)(mean, row->dtype[FM_ADAM_MEAN], j), d, &adam);
-    FM_REAL v = FM_NAME(fm_adam_square)(FM_NAME(fm_get)(square, row->dtype[FM_ADAM_SQUARE], j), d, &adam);
-    FM_NAME(fm_put)(&new_mean, row->dtype[FM_ADAM_MEAN], j, m);
-    FM_NAME(fm_put)(&new_square, row->dtype[FM_ADAM_SQUARE], j, v);
-    if (adam.amsgrad) {
-      v = FM_NAME(fm_adam_largest)(FM_NAME(fm_get)(largest, row->dtype[FM_ADAM_LARGEST], j), v);
-      FM_NAME(fm_put)(&new_largest, row->dtype[FM_ADAM_LARGEST], j, v);
-    }
-    FM_NAME(fm_put)(&out, row->dtype[FM_STEP_PARAM], j, FM_NAME(fm_adam_step)(w, m, v, &adam));
-  }
-  fm_store_quad(l, row, FM_ADAM_MEAN, i, count, new_mean);
-  fm_store_quad(l, row, FM_ADAM_SQUARE, i, count, new_square);
-  if (adam.amsgrad) {
-    fm_store_quad(l, row, FM_ADAM_LARGEST, i, count, new_largest);
-  }
-  fm_store_quad(l, row, FM_STEP_PARAM, i, count, out);
-}
+#undef FM_EACH_OPERAND

@@ -2,15 +2,14 @@
 #include "backend.h"
 #include "fm_cuda.h"
 
-static const char *launch(fm_operator op, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
-                          double *result, void *stream) {
+static const char *launch(fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
+                          const fm_scalars *scalars, double *result, void *stream) {
   switch (op) {
     case FM_OP_NORM: return fm_cuda_norm(list, options, result, stream);
     case FM_OP_TIES: return fm_cuda_ties(list, options, scalars, result, stream);
-    case FM_OP_ASCEND: return fm_cuda_sam_ascend(list, options, scalars, stream);
-    case FM_OP_RESTORE: return fm_cuda_restore(list, options, scalars, stream);
-    case FM_OP_RESTORE_SGD: return fm_cuda_restore_sgd(list, options, scalars, stream);
-    default: return fm_cuda_restore_adam(list, options, scalars, stream);
+    case FM_OP_PACGEN: return fm_cuda_pacgen(list, options, scalars, result, stream);
+    case FM_OP_ROW_NORMS: return fm_cuda_row_norms(list, options, result, stream);
+    default: return fm_cuda_update(update, list, options, scalars, result, stream);
   }
 }
 
@@ -18,9 +17,9 @@ static const char *launch(fm_operator op, const fm_list *list, const fm_options 
 
 /* Under the emulator tensors lie on the CPU and there is no stream. The operators get a namespace of their own beside
  * the C kernels', so that one process can hold both results against each other. */
-static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options,
+static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
                 const fm_scalars *scalars, double *result) {
-  const char *error = launch(op, list, options, scalars, result, NULL);
+  const char *error = launch(op, update, list, options, scalars, result, NULL);
   return error == NULL || fm_fail(args, "CUDA emulator: %s", error);
 }
 
@@ -29,7 +28,7 @@ static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_opt
 
 #else
 
-static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_options *options,
+static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
                 const fm_scalars *scalars, double *result) {
   CUDAGuardHandle guard = NULL;
   void *stream = NULL;
@@ -37,7 +36,8 @@ static bool run(fm_args *args, fm_operator op, const fm_list *list, const fm_opt
     return fm_fail(args, "flatmin: CUDA device %d could not be selected", (int)args->device_index);
   }
   bool done = !aoti_torch_get_current_cuda_stream(args->device_index, &stream);
-  const char *error = done ? launch(op, list, options, scalars, result, stream) : "torch gave no current stream";
+  const char *error =
+      done ? launch(op, update, list, options, scalars, result, stream) : "torch gave no current stream";
   aoti_torch_delete_cuda_guard(guard);
   return error == NULL || fm_fail(args, "flatmin: CUDA launch failed: %s", error);
 }

@@ -156,6 +156,60 @@ def adam_steps(dtype: torch.dtype) -> dict[str, str]:
     return results
 
 
+def noise(dtype: torch.dtype) -> dict[str, str]:
+    """Each law and way to size it, probes, averages, PACGen and filter norms."""
+    results = {}
+    key = ops.random_key(2**63 + 5, 9, 2)
+    curvatures, lipschitz = tensors(10, dtype, spread=6), [t.abs_() for t in tensors(11, dtype)]
+    sized = {"gamma": 0.1, "eps": 0.25}
+    ways = {
+        "curvature": sized | {"curvatures": curvatures, "lipschitz": 2.0, "scale": 0.5},
+        "elements": sized | {"curvatures": curvatures, "lipschitz": lipschitz},
+        "neighbourhood": sized,
+        "given": {"sizes": lipschitz, "scale": 0.125},
+    }
+    for law in ("uniform", "normal", "truncated_normal", "rademacher"):
+        for way, options in ways.items():
+            params = tensors(4, dtype)
+            backup = ops.backup_like(params).zero_()
+            tally = ops.scaled_noise_(params, backup, key, law=law, **options)
+            results[f"noise {law} {way}"] = digest([*params, backup, tally])
+        if law != "truncated_normal":
+            ops.probe_(params, key, law=law)
+            results[f"probe {law}"] = digest(params)
+    results["pacgen"] = digest([ops.pacgen(tensors(4, dtype), curvatures, gamma=0.1, eps=0.25, lipschitz=lipschitz)])
+    results["filter norm"] = digest(ops.filter_norm(tensors(4, dtype)))
+    return results
+
+
+def averages(dtype: torch.dtype) -> dict[str, str]:
+    """An average by itself and with quotients; for the wide types also in one pass with the step."""
+    results = {}
+    key, corrections = ops.random_key(7), torch.tensor([2.0, 1.5], dtype=torch.float64)
+    for source in ("square", "plain", "probed"):
+        for quotients in (False, True):
+            params, grads, backup = backed_up(dtype)
+            h, rho = tensors(12, torch.float32), tensors(13, torch.float32) if quotients else []
+            beside = {"params": params, "backup": backup, "corrections": corrections} if quotients else {}
+            averaged = {"decay": 0.75, "lipschitz_decay": 0.1, "min_step": 1e-3}
+            q = ops.curvature_(h, grads, source=source, key=key, lipschitz=rho, **averaged, **beside)
+            results[f"average {source} {quotients}"] = digest([*h, *rho, q.view(1)])
+    if dtype.itemsize > 2:
+        average: dict[str, float] = {"decay": 0.75, "lipschitz_decay": 0.1, "min_step": 1e-3}
+        params, grads, backup = backed_up(dtype)
+        buffers, h, rho = tensors(6, dtype), tensors(12, dtype), tensors(13, dtype)
+        q = ops.restore_sgd_curvature_(
+            params, grads, buffers, h, rho, backup, 0.1, corrections, momentum=0.9, **average
+        )
+        results["sgd with average"] = digest([*params, *buffers, *h, *rho, q.view(1)])
+        squares, steps = [t.abs_() for t in tensors(8, dtype)], [torch.ones(()) for _ in params]
+        q = ops.restore_adam_curvature_(
+            params, grads, buffers, squares, [], steps, h, [], backup, 0.1, corrections, **average
+        )
+        results["adam with average"] = digest([*params, *buffers, *squares, *h, q.view(1)])
+    return results
+
+
 def backed_up(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Perturbed parameters, the gradients there, and the backup."""
     params, grads = tensors(4, dtype), tensors(5, dtype)
@@ -164,11 +218,14 @@ def backed_up(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return params, grads, backup
 
 
+GROUPS = (norms, ascents, sgd_steps, adam_steps, noise, averages)
+
+
 def digests() -> dict[str, str]:
     """Every result by name: norms as their exact value, tensors as a hash of their bytes."""
     results = {}
     for dtype in DTYPES:
-        for group in (norms, ascents, sgd_steps, adam_steps):
+        for group in GROUPS:
             results.update({f"{dtype} {name}": value for name, value in group(dtype).items()})
     return results
 

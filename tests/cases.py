@@ -45,7 +45,7 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Equal in every bit of every element: tells -0 from 0 and one NaN from another."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(*(t.view(_INTEGER[t.element_size()]) for t in (a, b)))
 
 
 def gaps(t: Tensor) -> Tensor:

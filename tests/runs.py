@@ -106,3 +106,66 @@ def long_list(dtype: torch.dtype) -> Problem:
             tensors.append(fill(LAYOUTS[layout](shape, dtype), 2 * i + len(problem.grads)))
         problem.state_dtypes.append(dtype)
     return problem
+
+
+def noise(problem: Problem, law: str, per_element: bool) -> list[Tensor]:
+    """Parameters under noise of each way to size it, with what was tallied; PACGen and filter norms of the same."""
+    key = ops.random_key(2**63 + 11, 5, 3, problem.params[0].device)
+    lipschitz: float | list[Tensor] = [g.abs() for g in problem.grads] if per_element else 2.0
+    sized = {"gamma": 0.5, "eps": 0.25, "scale": 0.5}
+    results = []
+    for options in (
+        sized | {"curvatures": problem.grads, "lipschitz": lipschitz},
+        sized,
+        {"sizes": problem.grads, "scale": 0.25},
+    ):
+        run, backup = problem_on(problem.params[0].device, problem), problem.backup()
+        tally = ops.scaled_noise_(run.params, backup, key, law=law, **options)
+        results += [*run.params, backup, tally]
+    results.append(ops.pacgen(problem.params, problem.grads, gamma=0.5, eps=0.25, lipschitz=lipschitz))
+    return results + ops.filter_norm(problem.params)
+
+
+def averages(problem: Problem, source: str) -> list[Tensor]:
+    """Averages of a curvature and of the quotients over a step, and the largest quotient."""
+    device = problem.params[0].device
+    backup = _perturbed(problem)
+    h, rho = problem.state(1, positive=True), problem.state(2, positive=True)
+    corrections = torch.tensor([2.0, 1.5], dtype=torch.float64).to(device)
+    largest = ops.curvature_(
+        h,
+        problem.grads,
+        decay=0.75,
+        source=source,
+        key=ops.random_key(3, 1, 0, device),
+        params=problem.params,
+        backup=backup,
+        corrections=corrections,
+        lipschitz=rho,
+        lipschitz_decay=0.25,
+        min_step=1e-3,
+    )
+    probes = [torch.zeros_like(p) for p in problem.params]
+    ops.probe_(probes, ops.random_key(3, 1, 0, device))
+    return [largest, *h, *rho, *probes]
+
+
+def step_with_averages(problem: Problem, adam: bool) -> list[Tensor]:
+    """Restore, step and averages in one pass; 16-bit parameters are left out."""
+    wide = [i for i, p in enumerate(problem.params) if p.element_size() > 2]
+    if not wide:
+        return []
+    problem = Problem(
+        *([values[i] for i in wide] for values in (problem.params, problem.grads, problem.state_dtypes)), problem.seed
+    )
+    backup = _perturbed(problem)
+    h, rho, buffers = problem.state(1, positive=True), problem.state(2, positive=True), problem.state(3)
+    squares = problem.state(4, positive=True)
+    corrections = torch.tensor([2.0, 1.5], dtype=torch.float64).to(backup.device)
+    average = (h, rho, backup, 0.01, corrections)
+    if adam:
+        steps = [torch.tensor(float(i)) for i in range(len(problem.params))]
+        largest = ops.restore_adam_curvature_(problem.params, problem.grads, buffers, squares, [], steps, *average)
+    else:
+        largest = ops.restore_sgd_curvature_(problem.params, problem.grads, buffers, *average, momentum=0.9)
+    return [largest, *problem.params, *buffers, *squares, *h, *rho, backup]

@@ -191,10 +191,11 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
 
 
 def random_words(n: int, seed: int, step: int, tensor: int) -> Words:
-    """The word of each of n elements: lane i % 4 of quad i // 4, counter (quad, tensor, step), key the seed."""
+    """The word of each of n elements: lane i % 4 of quad i // 4, counter (quad, stream, tensor, draw), key the seed."""
     quads = np.arange(-(-n // 4), dtype=np.uint64)
-    low, high = quads & np.uint64(2**32 - 1), quads >> np.uint64(32)
-    counter = [low, high, np.full_like(quads, tensor), np.full_like(quads, step)]
+    draw, stream = step & (2**32 - 1), step >> 32
+    low, high = quads & np.uint64(2**32 - 1), quads >> np.uint64(32) ^ np.uint64(stream << 16)
+    counter = [low, high, np.full_like(quads, tensor), np.full_like(quads, draw)]
     return np.stack(philox(counter, [seed & (2**32 - 1), seed >> 32]), axis=1).reshape(-1)[:n]
 
 
@@ -205,7 +206,7 @@ def round_by_chance(params: list[Tensor], grads: list[Tensor], seed: int, step: 
     ops.sam_ascend_(params, grads, ops.backup_like(params), norm, rho, eps=0.0, key=key)
 
 
-@pytest.mark.parametrize(("seed", "step"), [(0, 0), (5, 1), (2**40 + 3, 77), (2**64 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (5, 1), (2**40 + 3, 77), (2**64 - 1, 2**32 - 1), (9, 3 << 32 | 8)])
 def test_the_random_bits_are_the_documented_ones(seed: int, step: int) -> None:
     """bf16 rounds up where the 16 bits cut off, plus the upper 16 of the element's word, carry. Every tensor of the
     list has words of its own, an empty one included."""

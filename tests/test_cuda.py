@@ -27,11 +27,14 @@ from runs import (
     Options,
     adam_step,
     ascent,
+    averages,
     long_list,
     moved,
+    noise,
     problem_on,
     restore,
     sgd_step,
+    step_with_averages,
 )
 
 pytestmark = pytest.mark.cuda
@@ -90,6 +93,23 @@ def test_adam(problem: Problem, options: Options) -> None:
     assert_bits_of_the_host(adam_step, problem, options)
 
 
+@pytest.mark.parametrize("law", ["uniform", "normal", "truncated_normal", "rademacher"])
+@given(problem=problems(), per_element=st.booleans())
+def test_noise(law: str, problem: Problem, per_element: bool) -> None:
+    assert_bits_of_the_host(noise, problem, law, per_element)
+
+
+@pytest.mark.parametrize("source", ["square", "plain", "probed"])
+@given(problem=problems())
+def test_averages(source: str, problem: Problem) -> None:
+    assert_bits_of_the_host(averages, problem, source)
+
+
+@given(problem=problems(), adam=st.booleans())
+def test_steps_with_averages(problem: Problem, adam: bool) -> None:
+    assert_bits_of_the_host(step_with_averages, problem, adam)
+
+
 @pytest.mark.parametrize("make", [large_problem, long_list])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem], dtype: torch.dtype) -> None:
@@ -99,6 +119,9 @@ def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem]
     assert_bits_of_the_host(restore, problem)
     assert_bits_of_the_host(sgd_step, problem, SGD_DEFAULTS)
     assert_bits_of_the_host(adam_step, problem, ADAM_DEFAULTS)
+    assert_bits_of_the_host(noise, problem, "normal", True)
+    assert_bits_of_the_host(averages, problem, "probed")
+    assert_bits_of_the_host(step_with_averages, problem, True)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -145,8 +168,8 @@ def launches(run: Callable[[], object]) -> Counter[str]:
     return Counter(match.group(1) for match in found if match)
 
 
-@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (300, 1), (301, 2)])
-def test_a_pass_over_300_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
+@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (250, 1), (251, 2)])
+def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
     params, grads, buffers = ([torch.ones(1000, device=DEVICE) for _ in range(tensors)] for _ in range(3))
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}

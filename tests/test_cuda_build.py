@@ -20,36 +20,44 @@ from flatmin import _lib
 from machine import CUDA_LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMULAS = ROOT / "csrc" / "fm_formulas.h"
+FORMULAS, RANDOM = ROOT / "csrc" / "fm_formulas.h", ROOT / "csrc" / "fm_random.h"
 
 #: A released wheel: code for each of these, and PTX of the newest for what comes after it. sm_80 serves 86 and 89.
 RELEASED = "75-real 80-real 90-real 100-real 120"
 
-#: What the number after a kernel template's name means: the enums fm_update in kernels.cu and FM_TERM_* in fm_math.h.
-UPDATES = ("ascend", "restore", "sgd", "adam")
-TERMS = ("square", "power", "largest", "ties")
+#: What the number after a kernel template's name means: the enums fm_update and FM_TERM_* in fm_math.h.
+UPDATES = ("ascend", "restore", "sgd", "adam", "sgd_curvature", "adam_curvature", "noise", "average", "probe")
+TERMS = ("square", "magnitude", "power", "largest", "ties", "pacgen")
 
 #: Registers a thread at most. An SM has 65,536 and hands them out by 8: one more than this and a block less fits on it.
-#: Resident blocks are what hides the latency of memory: 256 threads with 16 bytes under way each are 4 KB, and an H100
-#: needs 18 KB an SM (3.35 TB/s / 132 SMs x 700 ns). Adam, with four loads a thread, has 32 KB in two blocks; the norm,
-#: with one in each of 5 x 128 threads, has 10.
+#: Resident blocks are what hides the latency of memory. A thread has 32 bytes of each float32 operand under way, and an
+#: H100 needs 18 KB an SM (3.35 TB/s / 132 SMs x 700 ns): SGD with three loads has 48 KB in its 2 blocks of 256 threads,
+#: Adam 32 KB in one, the norm 16 KB in 4 blocks of 128.
 REGISTERS = {
-    "ascend": 80,  # 3 blocks of 256 threads; needs 70 to 78 over the architectures
-    "restore": 64,  # 4 of 256; 52 to 64
-    "sgd": 80,  # 3 of 256; 66 to 68
-    "adam": 128,  # 2 of 256; 92 to 96
-    "square": 96,  # 5 of 128 threads; 88 to 92
-    "power": 96,  # 5 of 128; 78 to 90
-    "largest": 96,  # 5 of 128; 78 to 90
-    "ties": 96,  # 5 of 128; 72 to 92
-    "fold": 64,  # 2 of 512, as its 24 KB of shared memory allow; 32 to 40
+    "ascend": 128,  # 2 blocks of 256 threads; needs 94
+    "restore": 80,  # 3 of 256; 64
+    "sgd": 128,  # 2 of 256; 88
+    "adam": 168,  # 1 of 256, as for anything above 128; 132
+    "sgd_curvature": 168,  # 3 of 128; 156
+    "adam_curvature": 255,  # 2 of 128; 246
+    "noise": 168,  # 3 of 128; 146
+    "average": 168,  # 3 of 128; 128
+    "probe": 80,  # 3 of 256; 62
+    "square": 128,  # 4 of 128; 126
+    "magnitude": 128,  # 4 of 128; 94
+    "power": 128,  # 4 of 128; 98
+    "largest": 128,  # 4 of 128; 94
+    "ties": 128,  # 4 of 128; 96
+    "pacgen": 168,  # 3 of 128; 162
+    "fold": 64,  # 2 of 512; 32
+    "fold_rows": 64,  # 2 of 512; 30
 }
 
 
 def kernel_name(symbol: str) -> str:
     """``ascend`` for _Z16fm_update_kernelIL9fm_update0EEv14fm_cuda_launch."""
-    kind, which = re.search(r"fm_(update|reduce|fold)_kernel(?:I\w*?(\d)EE)?", symbol).groups()  # type: ignore[union-attr]
-    return "fold" if kind == "fold" else (UPDATES if kind == "update" else TERMS)[int(which)]
+    kind, which = re.search(r"fm_(update|reduce|fold|fold_rows)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
+    return kind if kind.startswith("fold") else (UPDATES if kind == "update" else TERMS)[int(which)]
 
 
 # ---- what nvcc makes of the source ----
@@ -124,24 +132,56 @@ def test_ptx_rounds_as_the_source_says(compiled: tuple[dict[str, str], str], ker
     assert disallowed(ptx) == []
 
 
-def stated_fmas(operator: str) -> int:
-    """FM_FMA in the formulas fm_<operator>_* of one type."""
+def stated_fmas(*rules: str) -> int:
+    """FM_FMA in the formulas of one type whose names begin with fm_<rule>."""
     functions = re.findall(r"^FM_HD .*?^}", FORMULAS.read_text(), re.MULTILINE | re.DOTALL)
-    return sum(f.count("FM_FMA") for f in functions if re.search(rf"FM_NAME\(fm_{operator}_", f.splitlines()[0]))
+    return sum(f.count("FM_FMA") for f in functions for rule in rules if f"FM_NAME(fm_{rule}" in f.splitlines()[0])
+
+
+def drawing_fmas(*functions: str) -> int:
+    """fmaf in functions of fm_random.h, which are float for either type."""
+    bodies = re.findall(r"^FM_HD .*?^}", RANDOM.read_text(), re.MULTILINE | re.DOTALL)
+    return sum(body.count("fmaf(") for body in bodies for name in functions if f" {name}(" in body.splitlines()[0])
+
+
+#: Formulas behind each update: SGD states four (decay, buffer, Nesterov, step), Adam three (decay and both moments), an
+#: average three (itself, its quotient, the quotient's average), noise three (neighbourhood, curvature, sum).
+AVERAGE = ("average_curvature", "quotient", "average_lipschitz")
+RULES = {
+    "ascend": ("ascend_2",),
+    "sgd": ("sgd_",),
+    "adam": ("adam_",),
+    "sgd_curvature": ("sgd_", *AVERAGE),
+    "adam_curvature": ("adam_", *AVERAGE),
+    "noise": ("neighbourhood", "root_curvature", "add_noise"),
+    "average": AVERAGE,
+}
+
+
+def expected_fmas(kernel: str) -> dict[str, int]:
+    """By type. The text of an update stands four times in PTX for each: of half of 8 elements in float, of halves of
+    twice 4 in double. So normal draws, a quad at a time, stand once and twice; a truncated draw belongs to its element.
+    PACGen's term, with two in double, stands 16 times."""
+    if kernel == "pacgen":
+        return {"f64": 2 * 16}
+    normal = 2 * drawing_fmas("fm_ln", "fm_turn")
+    truncated = drawing_fmas("fm_normal_quantile", "fm_ln", "fm_normal_mass", "fm_exp2f")
+    stated = stated_fmas(*RULES.get(kernel, ()))
+    draws = 3 * normal if kernel in ("noise", "probe") else 0
+    cut = (4 + 4) * truncated if kernel == "noise" else 0
+    return {"f32": 4 * stated + draws + cut, "f64": 4 * stated}
 
 
 @pytest.mark.requires("nvcc")
 @pytest.mark.parametrize("kernel", REGISTERS)
 def test_ptx_fuses_only_where_the_source_does(compiled: tuple[dict[str, str], str], kernel: str) -> None:
-    """A contraction rounds once where the formula rounds twice. Each stated fma appears for the four elements of a
-    quad, in float and in double; reductions, folds and restore state none."""
+    """A contraction rounds once where the formula rounds twice."""
     found = Counter(re.findall(r"\bfma\.rn\.(f32|f64)\b", compiled[0][kernel]))
-    assert found["f32"] == found["f64"] == 4 * stated_fmas(kernel)
+    assert found == Counter(expected_fmas(kernel))
 
 
 def test_the_updates_state_their_fmas() -> None:
-    """One for w + step g, four for SGD (decay, buffer, Nesterov, step), three for Adam (decay and both moments)."""
-    assert [stated_fmas(kernel) for kernel in UPDATES] == [1, 0, 4, 3]
+    assert [stated_fmas(*RULES.get(kernel, ())) for kernel in UPDATES] == [1, 0, 4, 3, 7, 6, 3, 3, 0]
 
 
 @pytest.mark.requires("nvcc")

@@ -94,6 +94,70 @@ def good_restore_adam() -> Arguments:
     }
 
 
+AVERAGE = {"decay": 0.9, "lipschitz_decay": 0.1, "min_step": 1e-8}
+
+
+def with_averages(arguments: Arguments) -> Arguments:
+    """The arguments of a step by themselves, in the order of the step with averages."""
+    lists, rest = {}, dict(arguments)
+    for name in list(rest):
+        if name != "backup":
+            lists[name] = rest.pop(name)
+        else:
+            break
+    averages = {"curvatures": tensors(), "lipschitz": tensors()}
+    tensors_after = {"backup": rest.pop("backup"), "lr": rest.pop("lr"), "corrections": scalars(2.0, 1.5)}
+    return lists | averages | tensors_after | rest | AVERAGE
+
+
+def scalars(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def good_scaled_noise() -> Arguments:
+    return {
+        "params": tensors(),
+        "sizes": tensors(),
+        "lipschitz": tensors(),
+        "backup": ops.backup_like(tensors()).fill_(0xA5),
+        "key": ops.random_key(1),
+        "scale": scalar(0.5),
+        "lipschitz_constant": scalar(1.0),
+        "curvature_scale": scalar(1.0),
+        "sizing": 1,
+        "law": 0,
+        "gamma": 0.1,
+        "eps": 0.1,
+    }
+
+
+def good_curvature() -> Arguments:
+    return {
+        "curvatures": tensors(),
+        "sources": tensors(1.0),
+        "lipschitz": tensors(),
+        "params": tensors(),
+        "backup": ops.backup_like(tensors()).fill_(0),
+        "key": ops.random_key(1),
+        "corrections": scalars(2.0, 1.5),
+        "source": 0,
+        "source_scale": 1.0,
+        **AVERAGE,
+    }
+
+
+def good_pacgen() -> Arguments:
+    return {
+        "params": tensors(),
+        "curvatures": tensors(),
+        "lipschitz": tensors(),
+        "lipschitz_constant": scalar(1.0),
+        "curvature_scale": scalar(1.0),
+        "gamma": 0.1,
+        "eps": 0.1,
+    }
+
+
 GOOD: dict[str, Callable[[], Arguments]] = {
     "norm": good_norm,
     "ties": good_ties,
@@ -101,7 +165,17 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "restore_": good_restore,
     "restore_sgd_": good_restore_sgd,
     "restore_adam_": good_restore_adam,
+    "restore_sgd_curvature_": lambda: with_averages(good_restore_sgd()),
+    "restore_adam_curvature_": lambda: with_averages(good_restore_adam()),
+    "scaled_noise_": good_scaled_noise,
+    "probe_": lambda: {"tensors": tensors(), "key": ops.random_key(1), "law": 3},
+    "curvature_": good_curvature,
+    "pacgen": good_pacgen,
+    "filter_norm": lambda: {"tensors": tensors(), "whole": False},
 }
+
+#: Operators that write and return what they counted on the way.
+COUNTING = {"restore_sgd_curvature_", "restore_adam_curvature_", "scaled_noise_", "curvature_"}
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -132,7 +206,7 @@ def test_good_arguments_pass(op: str) -> None:
     before = [memory(t).clone() for t in flat(arguments)]
     result = call(op, arguments)
     changed = any(not torch.equal(memory(t), old) for t, old in zip(flat(arguments), before, strict=True))
-    assert changed if result is None else not changed
+    assert changed == (result is None or op in COUNTING)
 
 
 # ---- one bad element in a list ----
@@ -172,7 +246,22 @@ LISTS = {
     "restore_": ["params"],
     "restore_sgd_": ["params", "grads", "momentum_buffers"],
     "restore_adam_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"],
+    "restore_sgd_curvature_": ["params", "grads", "momentum_buffers", "curvatures", "lipschitz"],
+    "restore_adam_curvature_": ["params", "grads", "curvatures", "lipschitz"],
+    "scaled_noise_": ["params", "sizes", "lipschitz"],
+    "probe_": ["tensors"],
+    "curvature_": ["params", "curvatures", "sources", "lipschitz"],
+    "pacgen": ["params", "curvatures", "lipschitz"],
+    "filter_norm": ["tensors"],
 }
+
+#: Lists that an operator only reads, and those that it takes of any floating type.
+READ = {("curvature_", "params"), ("scaled_noise_", "sizes"), ("scaled_noise_", "lipschitz"), ("curvature_", "sources")}
+READ |= {(op, name) for op, names in LISTS.items() for name in names if name in ("tensors", "weights", "grads")}
+READ |= {("pacgen", name) for name in LISTS["pacgen"]}
+READ -= {("probe_", "tensors")}
+ANY_TYPE = {("norm", "weights"), ("ties", "weights"), ("curvature_", "sources")}
+OPTIONAL = {"lipschitz"}  # none of them is a choice
 
 
 def element_rows() -> list[Any]:
@@ -180,10 +269,10 @@ def element_rows() -> list[Any]:
     for op, names in LISTS.items():
         for name in names:
             bad = list(ANY_LIST)
-            if name not in ("params", "tensors"):
-                # a norm multiplies in float64 whatever the types
-                bad += BESIDE_PARAMS[:3] if name == "weights" else BESIDE_PARAMS
-            if name not in ("tensors", "weights", "grads"):
+            if name != names[0]:
+                # a norm multiplies in float64 whatever the types, and an average takes a gradient as it comes
+                bad += BESIDE_PARAMS[:3] if (op, name) in ANY_TYPE else BESIDE_PARAMS
+            if (op, name) not in READ:
                 bad += WRITTEN
             rows += [pytest.param(op, name, b, id=f"{op}-{name}-{b.name}") for b in bad]
     return rows
@@ -216,6 +305,8 @@ def test_devices_do_not_mix(op: str, name: str) -> None:
 def test_lengths_must_agree(op: str, name: str, change: str) -> None:
     arguments = GOOD[op]()
     values = arguments[name]
+    if change == "none" and name in OPTIONAL:
+        return
     arguments[name] = {"one less": values[:-1], "one more": [*values, values[0].clone()], "none": []}[change]
     assert_refused(op, arguments, f"{name} has {len(arguments[name])}", f"has {N}", "one for each")
 
@@ -241,7 +332,10 @@ SHARED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("op", [op for op in LISTS if "params" in LISTS[op]])
+WRITES_PARAMS = [op for op in LISTS if "params" in LISTS[op] and (op, "params") not in READ]
+
+
+@pytest.mark.parametrize("op", WRITES_PARAMS)
 @pytest.mark.parametrize("shared", SHARED)
 def test_a_parameter_given_twice(op: str, shared: str) -> None:
     """It would be perturbed twice and its second backup would hold the first perturbation."""
@@ -250,8 +344,8 @@ def test_a_parameter_given_twice(op: str, shared: str) -> None:
     params = [tensors()[0], first, tensors()[1], second]
     arguments["params"] = params
     arguments["backup"] = ops.backup_like(params).fill_(0xA5)
-    for name in ("grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
-        if name in arguments:
+    for name in arguments:
+        if name not in ("params", "steps") and isinstance(arguments[name], list):
             arguments[name] = [torch.ones_like(p, memory_format=torch.contiguous_format) for p in params]
     assert_refused(op, arguments, "params[1]", "params[3]", "share memory", "each tensor once")
 
@@ -292,6 +386,12 @@ SCALARS = [
     ("sam_ascend_", "rho"),
     ("restore_sgd_", "lr"),
     ("restore_adam_", "lr"),
+    ("restore_sgd_curvature_", "lr"),
+    ("scaled_noise_", "scale"),
+    ("scaled_noise_", "lipschitz_constant"),
+    ("scaled_noise_", "curvature_scale"),
+    ("pacgen", "lipschitz_constant"),
+    ("pacgen", "curvature_scale"),
 ]
 
 
@@ -313,8 +413,22 @@ BAD_BACKUPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("op", ["restore_sgd_curvature_", "restore_adam_curvature_", "curvature_"])
+def test_corrections_are_two_numbers(op: str) -> None:
+    for bad in (scalars(1.0), scalars(1.0, 1.0, 1.0), torch.ones(2), scalars(1.0, 0.0, 1.0, 0.0)[::2]):
+        arguments = GOOD[op]()
+        arguments["corrections"] = bad
+        assert_refused(op, arguments, "corrections must be a contiguous float64 tensor of 2 elements")
+
+
+@pytest.mark.parametrize("op", ["scaled_noise_", "probe_", "curvature_"])
+def test_random_numbers_need_a_key(op: str) -> None:
+    arguments = GOOD[op]() | {"key": torch.empty(0, dtype=torch.uint64)} | ({"source": 2} if op == "curvature_" else {})
+    assert_refused(op, arguments, "key is empty", "random_key")
+
+
 @pytest.mark.parametrize("bad", BAD_BACKUPS)
-@pytest.mark.parametrize("op", [op for op in LISTS if "params" in LISTS[op]])
+@pytest.mark.parametrize("op", [op for op in LISTS if "backup" in GOOD[op]()])
 def test_backups_fit_the_parameters(op: str, bad: str) -> None:
     arguments = GOOD[op]()
     arguments["backup"] = BAD_BACKUPS[bad](arguments["backup"])
@@ -366,6 +480,19 @@ def test_step_counts_are_single_floats(count: Tensor) -> None:
         ("sam_ascend_", "eta", math.nan, "not be negative"),
         ("sam_ascend_", "eps", -1e-12, "not be negative"),
         ("sam_ascend_", "rho", scalar(-0.05), "not be negative"),
+        ("scaled_noise_", "sizing", 3, "curvature"),
+        ("scaled_noise_", "law", 4, "truncated_normal"),
+        ("scaled_noise_", "gamma", -0.1, "not be negative"),
+        ("scaled_noise_", "eps", math.nan, "not be negative"),
+        ("scaled_noise_", "scale", scalar(-0.5), "not be negative"),
+        ("scaled_noise_", "lipschitz_constant", scalar(-0.5), "not be negative"),
+        ("probe_", "law", -1, "rademacher"),
+        ("probe_", "law", 2, "no cut"),
+        ("curvature_", "source", 3, "probed"),
+        ("curvature_", "min_step", -1.0, "not be negative"),
+        ("restore_sgd_curvature_", "min_step", math.nan, "not be negative"),
+        ("pacgen", "gamma", -1.0, "not be negative"),
+        ("pacgen", "lipschitz_constant", scalar(-1.0), "not be negative"),
     ],
 )
 def test_numbers_out_of_range(op: str, name: str, value: float | Tensor, advice: str) -> None:

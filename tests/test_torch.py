@@ -36,6 +36,8 @@ def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     norm, rho, lr = scalar(2.0), scalar(0.05), scalar(0.1)
     key = torch.tensor([7, 3], dtype=torch.uint64)
     steps = [torch.ones(()) for _ in w]
+    one, corrections = scalar(1.0), torch.tensor([2.0, 1.5], dtype=torch.float64)
+    h, rho_i = ([t.abs() for t in make(10 * k)] for k in (5, 6))
     arguments: dict[str, tuple[Any, ...]] = {
         "norm": (g, w, 2.0, 1, 0.01),
         "ties": (g, w, norm, 2, 0.01),
@@ -43,6 +45,18 @@ def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
         "restore_": (w, backup),
         "restore_sgd_": (w, g, m, backup, lr, 0.9, 0.0, 0.01, True, False, False),
         "restore_adam_": (w, g, m, v, x, steps, backup, lr, 0.9, 0.999, 1e-8, 0.01, True, True, False),
+        "restore_sgd_curvature_": (
+            *(w, g, m, h, rho_i, backup, lr, corrections, 0.9, 0.0, 0.01, True, False, False, 0.99, 0.1, 1e-8),
+        ),
+        "restore_adam_curvature_": (
+            *(w, g, m, v, x, steps, h, rho_i, backup, lr, corrections, 0.9, 0.999, 1e-8, 0.01, True, True, False),
+            *(0.99, 0.1, 1e-8),
+        ),
+        "scaled_noise_": (w, h, rho_i, backup, key, one, one, one, 1, 2, 0.1, 0.1),
+        "probe_": (w, key, 1),
+        "curvature_": (h, g, rho_i, w, backup, key, corrections, 2, 1.0, 0.99, 0.1, 1e-8),
+        "pacgen": (w, h, rho_i, one, one, 0.1, 0.1),
+        "filter_norm": (w, False),
     }
     moved: dict[str, tuple[Any, ...]] = tree_map_only(Tensor, lambda t: t.to(device), arguments)
     return moved
@@ -93,6 +107,39 @@ def test_schemas_are_the_published_ones() -> None:
         "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, "
         "float eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()"
     )
+    assert str(torch.ops.flatmin.restore_sgd_curvature_.default._schema) == (
+        "flatmin::restore_sgd_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+        "Tensor(c!)[] curvatures, Tensor(d!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, "
+        "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, "
+        "float decay, float lipschitz_decay, float min_step) -> Tensor"
+    )
+    assert str(torch.ops.flatmin.restore_adam_curvature_.default._schema) == (
+        "flatmin::restore_adam_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] curvatures, "
+        "Tensor(g!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, float beta1, float beta2, float eps, "
+        "float weight_decay, bool decoupled, bool amsgrad, bool maximize, float decay, float lipschitz_decay, "
+        "float min_step) -> Tensor"
+    )
+    assert str(torch.ops.flatmin.scaled_noise_.default._schema) == (
+        "flatmin::scaled_noise_(Tensor(a!)[] params, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, "
+        "Tensor key, Tensor scale, Tensor lipschitz_constant, Tensor curvature_scale, int sizing, int law, "
+        "float gamma, float eps) -> Tensor"
+    )
+    assert str(torch.ops.flatmin.probe_.default._schema) == (
+        "flatmin::probe_(Tensor(a!)[] tensors, Tensor key, int law) -> ()"
+    )
+    assert str(torch.ops.flatmin.curvature_.default._schema) == (
+        "flatmin::curvature_(Tensor(a!)[] curvatures, Tensor[] sources, Tensor(b!)[] lipschitz, Tensor[] params, "
+        "Tensor backup, Tensor key, Tensor corrections, int source, float source_scale, float decay, "
+        "float lipschitz_decay, float min_step) -> Tensor"
+    )
+    assert str(torch.ops.flatmin.pacgen.default._schema) == (
+        "flatmin::pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, "
+        "Tensor curvature_scale, float gamma, float eps) -> Tensor"
+    )
+    assert str(torch.ops.flatmin.filter_norm.default._schema) == (
+        "flatmin::filter_norm(Tensor[] tensors, bool whole) -> Tensor"
+    )
     assert str(torch.ops.flatmin.isa.default._schema) == "flatmin::isa() -> int"
 
 
@@ -102,8 +149,9 @@ def test_schemas_are_the_published_ones() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_meta_tensors(name: str) -> None:
     result = getattr(torch.ops.flatmin, name).default(*raw_arguments("meta")[name])
-    if name in ("norm", "ties"):
-        assert result.device.type == "meta" and result.dtype == torch.float64 and result.shape == ()
+    expected = getattr(torch.ops.flatmin, name).default(*raw_arguments()[name])
+    if isinstance(expected, Tensor):
+        assert result.device.type == "meta" and result.dtype == torch.float64 and result.shape == expected.shape
     else:
         assert result is None
 
@@ -156,6 +204,24 @@ def restore_step(
     return loss
 
 
+NOISE_KEY = torch.tensor([3, 4], dtype=torch.uint64)  # inductor makes no uint64
+
+
+def noise_step(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
+) -> Tensor:
+    """A whole step under noise, with the averages that the next one needs."""
+    h, lipschitz = [b.abs() for b in buffers], [b.abs() for b in buffers]
+    tally = ops.scaled_noise_(params, backup, NOISE_KEY, law="normal", curvatures=h, lipschitz=rho, gamma=0.1, eps=0.1)
+    again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
+    corrections = torch.tensor([2.0, 1.5], dtype=torch.float64)
+    largest = ops.restore_sgd_curvature_(
+        params, again, buffers, h, lipschitz, backup, lr, corrections, momentum=0.9, decay=0.9
+    )
+    psi = ops.pacgen(params, h, lipschitz=lipschitz)
+    return torch.cat([tally, largest.view(1), psi.flatten(), *(n.flatten() for n in ops.filter_norm(params))])
+
+
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
@@ -165,7 +231,7 @@ def step_arguments() -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, 
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step])
+@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step, noise_step])
 def test_compiled_as_one_graph(step: Step, backend: str) -> None:
     """No graph break, and the same weights, state, backup and norm as without compilation.
 
@@ -241,6 +307,19 @@ def test_versions_of_everything_written() -> None:
         squares,
         largest,
         steps,
+    )
+    h, rho = ([t.abs() for t in make(k)] for k in (7, 8))
+    key, corrections = ops.random_key(1), torch.ones(2, dtype=torch.float64)
+    average: list[Any] = [h, rho, backup, 0.1, corrections]
+    assert written(lambda: ops.scaled_noise_(params, backup, key, eps=1.0), params, [backup])
+    assert written(lambda: ops.probe_(buffers, key), buffers)
+    assert written(lambda: ops.curvature_(h, grads, decay=0.5, params=params, backup=backup, lipschitz=rho), h, rho)
+    assert written(
+        lambda: ops.restore_sgd_curvature_(params, grads, buffers, *average, momentum=0.9), params, buffers, h, rho
+    )
+    assert written(
+        lambda: ops.restore_adam_curvature_(params, grads, means, squares, [], steps, *average),
+        *(params, means, squares, steps, h, rho),
     )
 
 

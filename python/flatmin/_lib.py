@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch  # before the library: it resolves against the torch that is loaded
 from torch import Tensor
@@ -55,7 +56,21 @@ _load()
 #: The operators that have a kernel for each device, and what calls them.
 OPERATORS = {
     name: getattr(torch.ops.flatmin, name).default
-    for name in ("norm", "ties", "sam_ascend_", "restore_", "restore_sgd_", "restore_adam_")
+    for name in (
+        "norm",
+        "ties",
+        "sam_ascend_",
+        "restore_",
+        "restore_sgd_",
+        "restore_adam_",
+        "restore_sgd_curvature_",
+        "restore_adam_curvature_",
+        "scaled_noise_",
+        "probe_",
+        "curvature_",
+        "pacgen",
+        "filter_norm",
+    )
 }
 
 #: Device types with kernels; everything else runs in flatmin.reference.
@@ -69,20 +84,33 @@ def _check_one_device(*lists: Sequence[Tensor]) -> None:
         raise RuntimeError(f"tensors on different devices ({', '.join(sorted(devices))}); call once for each device")
 
 
-def _fake_reduction(tensors: Sequence[Tensor], weights: Sequence[Tensor], *_: object) -> Tensor:
-    _check_one_device(tensors, weights)
-    return tensors[0].new_empty((), dtype=torch.float64)
+def _fake(result: Callable[..., tuple[int, ...]] | None, name: str) -> Callable[..., Tensor | None]:
+    """The shape function of an operator that returns a float64 tensor of the shape ``result``, or nothing."""
+
+    def fake(first: Sequence[Tensor], *others: Any) -> Tensor | None:
+        # the sixth argument of Adam, the step counters, lies on the CPU wherever the parameters are
+        placed = others[:4] + others[5:] if "adam" in name else others
+        _check_one_device(first, *(other for other in placed if isinstance(other, list)))
+        return None if result is None else first[0].new_empty(result(first, *others), dtype=torch.float64)
+
+    return fake
 
 
-def _fake_update(params: Sequence[Tensor], *others: object) -> None:
-    _check_one_device(params, *(other for other in others if isinstance(other, list)))
+def _filters(tensors: Sequence[Tensor], whole: bool) -> tuple[int]:
+    return (sum(1 if whole or t.dim() < 2 else t.shape[0] for t in tensors),)
 
 
-def _fake_adam(*args: object) -> None:
-    """The sixth argument, the step counters, lies on the CPU wherever the parameters are."""
-    _fake_update(*args[:5])  # type: ignore[arg-type]
-
+#: Shapes of the results, of those that have one.
+_RESULTS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "norm": lambda *_: (),
+    "ties": lambda *_: (),
+    "restore_sgd_curvature_": lambda *_: (),
+    "restore_adam_curvature_": lambda *_: (),
+    "curvature_": lambda *_: (),
+    "scaled_noise_": lambda *_: (3,),
+    "pacgen": lambda params, *_: (len(params), 2),
+    "filter_norm": _filters,
+}
 
 for _name in OPERATORS:
-    _fake = _fake_adam if _name == "restore_adam_" else _fake_update if _name.endswith("_") else _fake_reduction
-    torch.library.register_fake(f"flatmin::{_name}", _fake)
+    torch.library.register_fake(f"flatmin::{_name}", _fake(_RESULTS.get(_name), _name))

@@ -33,7 +33,23 @@ from torch.autograd.graph import increment_version
 
 from . import _lib, reference
 
-__all__ = ["backup_like", "norm", "restore_", "restore_adam_", "restore_sgd_", "sam_ascend_", "ties"]
+__all__ = [
+    "backup_like",
+    "curvature_",
+    "filter_norm",
+    "norm",
+    "pacgen",
+    "probe_",
+    "random_key",
+    "restore_",
+    "restore_adam_",
+    "restore_adam_curvature_",
+    "restore_sgd_",
+    "restore_sgd_curvature_",
+    "sam_ascend_",
+    "scaled_noise_",
+    "ties",
+]
 
 _SCALING = {
     False: reference.NONE,
@@ -42,6 +58,13 @@ _SCALING = {
     "davda54": reference.DAVDA54,
     "big_vision": reference.BIG_VISION,
 }
+_LAWS = {
+    "uniform": reference.UNIFORM,
+    "normal": reference.NORMAL,
+    "truncated_normal": reference.TRUNCATED,
+    "rademacher": reference.RADEMACHER,
+}
+_SOURCES = {"square": reference.SQUARE, "plain": reference.PLAIN, "probed": reference.PROBED}
 _warned: set[str] = set()
 
 
@@ -305,3 +328,346 @@ def restore_adam_(
         maximize,
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps])
+
+
+# ---- noise by curvature: PACGen and Perturbed OPT ----
+
+
+def _code(name: str, value: str, codes: dict[str, int]) -> int:
+    if value not in codes:
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(map(repr, codes))}")
+    return codes[value]
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: {value} given; give a finite float >= 0")
+
+
+def random_key(seed: int, draw: int = 0, stream: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """The key of a draw: uint64[2], the seed, and the draw in the lower with the stream in the upper 32 bits.
+
+    Every random number of flatmin is a function of the key, the position of the tensor in its list and the position of
+    the element in memory order (Philox4x32-10, Salmon et al. 2011): not of threads, instruction set or device. Draws
+    and streams (one for each list, or for each rank, below 2^16) are independent. A key on a GPU can be advanced there
+    (``key.view(torch.int32)[2].add_(1)``), so that a captured CUDA graph draws anew at each replay.
+    """
+    if not (0 <= seed < 2**64 and 0 <= draw < 2**32 and 0 <= stream < 2**16):
+        raise ValueError(
+            f"random_key: seed {seed}, draw {draw}, stream {stream} given; they take 64, 32 and 16 bits and are not "
+            "negative"
+        )
+    return on_device(torch.tensor([seed, stream << 32 | draw], dtype=torch.uint64), torch.device(device or "cpu"))
+
+
+def _lipschitz(value: float | Tensor | Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Per-element tensors (or none) and the constant that multiplies them."""
+    if isinstance(value, Tensor | float | int):
+        return [], _scalar(value, device)
+    return list(value), _scalar(1.0, device)
+
+
+@torch.no_grad()
+def scaled_noise_(
+    params: Sequence[Tensor],
+    backup: Tensor,
+    key: Tensor,
+    *,
+    law: str = "uniform",
+    scale: float | Tensor = 1.0,
+    gamma: float = 0.0,
+    eps: float = 0.0,
+    curvatures: Sequence[Tensor] | None = None,
+    sizes: Sequence[Tensor] | None = None,
+    lipschitz: float | Tensor | Sequence[Tensor] = 0.0,
+    curvature_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """Save the parameters and add independent noise ``sigma_i xi_i`` of a size of its own to each element.
+
+    The size is, with ``N_i = gamma |w_i| + eps``, one of
+
+    * ``sigma_i = min(scale / sqrt(c_i), N_i)``, ``c_i = max(curvature_scale h_i + rho_i N_i, 0)``, where
+      ``curvatures`` holds ``h`` and ``lipschitz`` is rho: more noise along flat directions (Wang et al. 2018, arXiv
+      1809.07402);
+    * ``scale sizes_i``, where ``sizes`` is given: per filter (LPF-SGD, RWP) or per tensor by expanded views of
+      :func:`filter_norm`;
+    * ``scale N_i`` otherwise: isotropic (``eps=1``) or multiplicative (``gamma=1``) noise.
+
+    Args:
+        params: changed in place. Their old bytes go to ``backup``; :func:`restore_` brings them back.
+        backup: from :func:`backup_like`.
+        key: from :func:`random_key`. The noise is drawn in registers and never stored.
+        law: of ``xi``: "uniform" on (-1, 1); "normal"; "truncated_normal", the normal law of ``sigma_i xi_i`` cut at
+            ``N_i`` (at ``sigma_i`` where the size is not from curvatures); "rademacher", +1 or -1.
+        scale: float or 0-dim tensor; >= 0 with ``curvatures``; 0 moves nothing. The negative of a scale gives the other
+            side of ``w``, as central differences need it.
+        gamma, eps: >= 0; the neighbourhood ``N_i``.
+        curvatures: like ``params``, of their types or float32.
+        sizes: like ``params``, of their types or float32; any strides, overlapping ones too.
+        lipschitz: Hessian-Lipschitz constant rho >= 0: float, 0-dim tensor, or a list like ``params``.
+        curvature_scale: multiplies ``curvatures``: the bias correction of an average.
+
+    Returns:
+        float64[3]: the sum of ``sigma_i``, how many are capped at ``N_i``, and how many are not finite because a
+        curvature is not. The weights of the last keep their bits: no NaN ever reaches a weight this way.
+    """
+    if curvatures is not None and sizes is not None:
+        raise ValueError("curvatures and sizes: both given, but the size of the noise comes from one of them")
+    law_code = _code("law", law, _LAWS)
+    _not_negative(gamma=gamma, eps=eps)
+    if isinstance(scale, float | int) and (curvatures is not None or not math.isfinite(scale)):
+        _not_negative(scale=scale)
+    if not params:
+        return torch.zeros(3, dtype=torch.float64)
+    device = params[0].device
+    sizing = reference.CURVATURE if curvatures is not None else reference.NEIGHBOURHOOD
+    sizing = reference.GIVEN if sizes is not None else sizing
+    per_element, constant = _lipschitz(lipschitz, device)
+    tally: Tensor = _run(
+        "scaled_noise_",
+        params,
+        list(curvatures or sizes or ()),
+        per_element,
+        backup,
+        key,
+        _scalar(scale, device),
+        constant,
+        _scalar(curvature_scale, device),
+        sizing,
+        law_code,
+        gamma,
+        eps,
+    )
+    increment_version([*params, backup])
+    return tally
+
+
+@torch.no_grad()
+def probe_(tensors: Sequence[Tensor], key: Tensor, *, law: str = "rademacher") -> None:
+    """Fill with independent draws of mean 0 and size 1: "rademacher", "normal" or "uniform", as in
+    :func:`scaled_noise_`. The same key gives :func:`curvature_` and :func:`scaled_noise_` the same draws, so a probe
+    need not be kept."""
+    if law == "truncated_normal":
+        raise ValueError("law: 'truncated_normal' has no size without a cut; give 'rademacher', 'normal' or 'uniform'")
+    if tensors:
+        _run("probe_", tensors, key, _code("law", law, _LAWS))
+        increment_version(list(tensors))
+
+
+@torch.no_grad()
+def curvature_(
+    curvatures: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    *,
+    decay: float,
+    source: str = "square",
+    source_scale: float = 1.0,
+    key: Tensor | None = None,
+    params: Sequence[Tensor] = (),
+    backup: Tensor | None = None,
+    corrections: Tensor | None = None,
+    lipschitz: Sequence[Tensor] = (),
+    lipschitz_decay: float = 0.0,
+    min_step: float = 0.0,
+) -> Tensor:
+    """Average a diagonal curvature: ``h <- decay h + (1 - decay) source_scale x'``.
+
+    Args:
+        curvatures: ``h``, changed in place.
+        sources: ``x``, of any floating type.
+        decay: in [0, 1]; 1 - 1/k in the k-th call makes the mean.
+        source: ``x'`` is ``x^2`` ("square": gradients, squared), ``x`` ("plain"), or ``v x`` ("probed": Hutchinson's
+            estimate from ``x = H v`` with the Rademacher probe ``v`` of ``key``).
+        key: of the probe.
+        params, backup: with both, the difference quotients ``q_i = |k' h'_i - k h_i| / |w'_i - w_i|`` of the Hessian's
+            diagonal are taken between ``w`` in ``backup`` and ``w'`` in ``params`` (arXiv 1809.07402, algorithms of
+            its section 5), where the weight moved by more than ``min_step``.
+        corrections: float64[2], the bias corrections ``(k, k')`` of ``h`` before and after; ``k = 0`` says that ``h``
+            held nothing before, and there is no quotient yet. Default (1, 1).
+        lipschitz: per-element averages of the quotients, changed in place: ``lipschitz_decay rho_i + (1 -
+            lipschitz_decay) q_i`` where there is a quotient.
+
+    Returns:
+        The largest quotient, float64 0-dim; 0 without any, NaN if an average is not finite any more.
+    """
+    source_code = _code("source", source, _SOURCES)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay: {decay} given; give a float from 0 to 1")
+    if source == "probed" and key is None:
+        raise ValueError("key: missing, but source='probed' regenerates a probe from it")
+    if bool(params) != (backup is not None):
+        raise ValueError("params and backup: quotients need both, an average alone needs neither")
+    if not curvatures:
+        return torch.zeros((), dtype=torch.float64)
+    device = curvatures[0].device
+    largest: Tensor = _run(
+        "curvature_",
+        curvatures,
+        sources,
+        list(lipschitz),
+        list(params),
+        torch.empty(0, dtype=torch.uint8, device=device) if backup is None else backup,
+        torch.empty(0, dtype=torch.uint64, device=device) if key is None else key,
+        torch.ones(2, dtype=torch.float64, device=device) if corrections is None else corrections,
+        source_code,
+        source_scale,
+        decay,
+        lipschitz_decay,
+        min_step,
+    )
+    increment_version([*curvatures, *lipschitz])
+    return largest
+
+
+@torch.no_grad()
+def restore_sgd_curvature_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    backup: Tensor,
+    lr: float | Tensor,
+    corrections: Tensor,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+    decay: float = 0.999,
+    lipschitz_decay: float = 0.1,
+    min_step: float = 0.0,
+) -> Tensor:
+    """:func:`restore_sgd_` and :func:`curvature_` of the squared gradients in one pass: the old and the new weight and
+    curvature are in registers together, so neither is kept for the difference quotient. Returns the largest quotient.
+    """
+    if not params:
+        return torch.zeros((), dtype=torch.float64)
+    largest: Tensor = _run(
+        "restore_sgd_curvature_",
+        params,
+        grads,
+        list(momentum_buffers),
+        curvatures,
+        list(lipschitz),
+        backup,
+        _scalar(lr, params[0].device),
+        corrections,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+        first_step,
+        decay,
+        lipschitz_decay,
+        min_step,
+    )
+    increment_version([*params, *momentum_buffers, *curvatures, *lipschitz])
+    return largest
+
+
+@torch.no_grad()
+def restore_adam_curvature_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    backup: Tensor,
+    lr: float | Tensor,
+    corrections: Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    decay: float = 0.999,
+    lipschitz_decay: float = 0.1,
+    min_step: float = 0.0,
+) -> Tensor:
+    """:func:`restore_adam_` and :func:`curvature_` of the squared gradients in one pass; see
+    :func:`restore_sgd_curvature_`."""
+    if not params:
+        return torch.zeros((), dtype=torch.float64)
+    largest: Tensor = _run(
+        "restore_adam_curvature_",
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        list(max_exp_avg_sqs),
+        steps,
+        curvatures,
+        list(lipschitz),
+        backup,
+        _scalar(lr, params[0].device),
+        corrections,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled,
+        amsgrad,
+        maximize,
+        decay,
+        lipschitz_decay,
+        min_step,
+    )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps, *curvatures, *lipschitz])
+    return largest
+
+
+@torch.no_grad()
+def pacgen(
+    params: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    *,
+    gamma: float = 0.1,
+    eps: float = 0.1,
+    lipschitz: float | Tensor | Sequence[Tensor] = 0.0,
+    curvature_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """The PACGen metric ``Psi = sum_i log((|w_i| + N_i) max(sqrt(c_i), 1 / N_i))`` of each tensor, one pass.
+
+    ``N_i = gamma |w_i| + eps``, ``c_i = max(curvature_scale h_i + rho_i N_i, 0)`` (Wang et al. 2018, arXiv 1809.07402;
+    the constants as reconstructed from its bound). Psi is a sum over all scalars: compare it within one architecture.
+
+    Returns:
+        float64 of shape (len(params), 2): Psi of each tensor, and how many of its elements are capped, ``c_i N_i^2 <=
+        1``. Products are kept as mantissa and exponent, so no digit is lost however long the sum. NaN in a curvature
+        makes its tensor's Psi NaN.
+    """
+    _not_negative(gamma=gamma, eps=eps)
+    if not params:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    device = params[0].device
+    per_element, constant = _lipschitz(lipschitz, device)
+    result: Tensor = _run(
+        "pacgen", params, curvatures, per_element, constant, _scalar(curvature_scale, device), gamma, eps
+    )
+    return result
+
+
+@torch.no_grad()
+def filter_norm(tensors: Sequence[Tensor], *, whole: bool = False) -> list[Tensor]:
+    """The 2-norm of each filter: for each tensor a float64 tensor that broadcasts against it.
+
+    A filter is an index of the first dimension (Bisla et al. 2022, arXiv 2201.08025); tensors of fewer than two
+    dimensions, and all with ``whole``, have one norm (Wu et al. 2020, arXiv 2004.05884).
+    """
+    if not tensors:
+        return []
+    flat: Tensor = _run("filter_norm", tensors, whole)
+    counts = [1 if whole or t.dim() < 2 else t.shape[0] for t in tensors]
+    shapes = [(count,) + (1,) * (t.dim() - 1) if t.dim() else () for t, count in zip(tensors, counts, strict=True)]
+    return [part.view(shape) for part, shape in zip(torch.split(flat, counts), shapes, strict=True)]

@@ -215,3 +215,285 @@ def restore_adam_(
             largest.copy_(new_v)
         denominator = new_v.sqrt() / (1.0 - beta2**step).sqrt().to(real) + eps
         _real(p).copy_(w - (rate / (1.0 - beta1**step)).to(real) * new_m / denominator)
+
+
+# ---- noise by curvature: PACGen and Perturbed OPT (Wang et al. 2018, arXiv 1809.07402) ----
+
+#: How the size of the noise is given (``sizing``): scale * N_i, from curvatures, or scale * sizes.
+NEIGHBOURHOOD, CURVATURE, GIVEN = 0, 1, 2
+
+#: Laws of the noise, each with mean 0 and, but for the cut, size 1.
+UNIFORM, NORMAL, TRUNCATED, RADEMACHER = 0, 1, 2, 3
+
+#: What a curvature average is fed with: the square of a source, the source, or probe * source (Hutchinson).
+SQUARE, PLAIN, PROBED = 0, 1, 2
+
+
+def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower word of the 64-bit product of two words. int64 wraps, which leaves both right."""
+    product = b * a
+    return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+
+def random_words(n: int, key: Tensor, tensor: int) -> Tensor:
+    """The word (int64 in [0, 2^32)) of each of ``n`` elements: Philox4x32-10 (Salmon et al. 2011) in int64 arithmetic.
+
+    Element i has lane i % 4 of the block with counter (quad, stream, tensor, draw), quad = i // 4. ``key`` is
+    uint64[2]: the seed, and the draw (lower 32 bits) with its stream (upper 32).
+    """
+    words = key.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    k0, k1, draw, stream = words.unbind()
+    quads = torch.arange(-(-n // 4), dtype=torch.int64, device=key.device)
+    c0, c1 = quads & 0xFFFFFFFF, quads >> 32 ^ stream << 16 & 0xFFFFFFFF
+    c2, c3 = torch.full_like(quads, tensor), draw.expand_as(quads)
+    for _ in range(10):
+        high0, low0 = _mul_hi_lo(0xD2511F53, c0)
+        high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return torch.stack([c0, c1, c2, c3], dim=1).flatten()[:n]
+
+
+def draws(n: int, key: Tensor, tensor: int, law: int) -> Tensor:
+    """``n`` independent draws of a law of size 1, in the wide type; of TRUNCATED its uniform variable.
+
+    Uniform: 23 bits of the word, the centre of each of 2^23 cells of (-1, 1). Normal: Box and Muller (1958) on the two
+    words of a pair, 31 bits for the radius and 32 for the angle. Rademacher: the word's top bit.
+    """
+    words = random_words(-(-n // 4) * 4, key, tensor)
+    wide = _wide(key)
+    if law == RADEMACHER:
+        x = 1.0 - 2.0 * (words >> 31).to(wide)
+    elif law == NORMAL:
+        first, second = words.view(-1, 2).unbind(1)
+        radius = (-2.0 * (((first >> 1).to(wide) + 0.5) * 2.0**-31).log()).sqrt()
+        angle = second.to(wide) * (2.0 * math.pi * 2.0**-32)
+        x = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
+    else:
+        x = ((words >> 9).to(wide) + 0.5) * 2.0**-22 - 1.0
+    return x[:n]
+
+
+def _draw_like(t: Tensor, key: Tensor, tensor: int, law: int) -> Tensor:
+    """The draws of a tensor's elements, which are counted in memory order."""
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    inverse = sorted(range(t.dim()), key=order.__getitem__)
+    return draws(t.numel(), key, tensor, law).view([t.shape[d] for d in order]).permute(inverse)
+
+
+def _curved(
+    w: Tensor,
+    h: Tensor,
+    lipschitz: Tensor | float,
+    constant: Tensor,
+    curvature_scale: Tensor,
+    gamma: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``N_i = gamma |w_i| + eps`` and ``c_i = max(h_i + rho_i N_i, 0)``. NaN stays NaN."""
+    n = gamma * w.abs() + eps
+    return n, (curvature_scale * h + constant * lipschitz * n).clamp(min=0.0)
+
+
+def noise_size(c: Tensor, n: Tensor, scale: Tensor | float) -> Tensor:
+    """``sigma_i = min(scale / sqrt(c_i), N_i)``."""
+    sigma = torch.where(n * c.sqrt() <= scale, n, scale / c.sqrt())
+    return torch.where(torch.as_tensor(scale) != 0, sigma, 0.0)
+
+
+def scaled_noise_(
+    params: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    backup: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    lipschitz_constant: Tensor,
+    curvature_scale: Tensor,
+    sizing: int,
+    law: int,
+    gamma: float,
+    eps: float,
+) -> Tensor:
+    """``backup <- w;  w <- w + sigma_i xi_i`` where sigma_i is finite. (sum of sigma_i, capped, not finite)."""
+    wide = _wide(params[0])
+    tally = torch.zeros(3, dtype=wide, device=params[0].device)
+    for i, (p, old) in enumerate(zip(params, _slots(params, backup), strict=True)):
+        old.copy_(_memory_order(p))
+        real = _arithmetic(p)
+        w = p.to(real)
+        k, constant = scale.to(real), lipschitz_constant.to(real)
+        if sizing == CURVATURE:
+            rho = lipschitz[i].to(real) if lipschitz else 1.0
+            n, c = _curved(w, sizes[i].to(real), rho, constant, curvature_scale.to(real), gamma, eps)
+            sigma = noise_size(c, n, k)
+            tally[1] += (n * c.sqrt() <= k).sum()
+        else:
+            n = gamma * w.abs() + eps if sizing == NEIGHBOURHOOD else sizes[i].to(real)
+            sigma = n = k * n
+        xi = _draw_like(p, key, i, law).to(real)
+        if law == TRUNCATED:
+            a = n / sigma
+            u = sigma * math.sqrt(2.0) * torch.erfinv(xi * torch.erf(a / math.sqrt(2.0)))
+            u = torch.where(sigma != 0, torch.minimum(torch.maximum(u, -n.abs()), n.abs()), 0.0)
+        else:
+            u = sigma * xi
+        finite = sigma.isfinite()
+        tally[0] += torch.where(finite, sigma, 0.0).to(wide).sum()
+        tally[2] += (~finite).sum()
+        p.copy_(torch.where(finite, (w + u).to(p.dtype), p))
+    return tally
+
+
+def probe_(tensors: Sequence[Tensor], key: Tensor, law: int) -> None:
+    """Fill with independent draws of a law of size 1."""
+    for i, t in enumerate(tensors):
+        t.copy_(_draw_like(t, key, i, law))
+
+
+def curvature_(
+    curvatures: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    params: Sequence[Tensor],
+    backup: Tensor,
+    key: Tensor,
+    corrections: Tensor,
+    source: int,
+    source_scale: float,
+    decay: float,
+    lipschitz_decay: float,
+    min_step: float,
+) -> Tensor:
+    """``h <- decay h + (1 - decay) source_scale T(x)``; with ``params`` also the difference quotients of h and w.
+
+    ``q_i = |k' h'_i - k h_i| / |w'_i - w_i|`` where the weight moved by more than ``min_step``, (k, k') =
+    ``corrections`` and w is in ``backup``; k = 0 means that h holds nothing yet: no quotient. ``lipschitz`` becomes
+    ``lipschitz_decay rho_i + (1 - lipschitz_decay) q_i`` there. Returns the largest q_i, or 0; NaN if an average is not
+    finite.
+    """
+    wide = _wide(curvatures[0])
+    largest = torch.zeros((), dtype=wide, device=curvatures[0].device)
+    slots = _slots(params, backup) if params else iter(())
+    before, after = corrections.unbind()
+    for i, h in enumerate(curvatures):
+        real = torch.promote_types(_arithmetic(params[i] if params else h), _arithmetic(sources[i]))
+        old, x = h.to(real, copy=True), sources[i].to(real)
+        if source == SQUARE:
+            x = x * x
+        elif source == PROBED:
+            x = x * _draw_like(params[i] if params else h, key, i, RADEMACHER).to(real)
+        new = decay * old + (1.0 - decay) * (source_scale * x)
+        h.copy_(new)
+        if h.numel():
+            largest = torch.maximum(largest, (new - new).max().to(wide))  # 0, or NaN
+        if not params:
+            continue
+        w = torch.empty_like(params[i])
+        _memory_order(w).copy_(next(slots))
+        step = (params[i].to(real) - w.to(real)).abs()
+        moved = (step > min_step) & (before != 0)
+        q = torch.where(moved, (after.to(real) * new - before.to(real) * old).abs() / step, 0.0)
+        if lipschitz:
+            rho = lipschitz[i].to(real)
+            mixed = lipschitz_decay * rho + (1.0 - lipschitz_decay) * q
+            lipschitz[i].copy_(torch.where(moved, mixed, rho))
+        if q.numel():
+            largest = torch.maximum(largest, q.max().to(wide))
+    return largest
+
+
+def restore_sgd_curvature_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    backup: Tensor,
+    lr: Tensor,
+    corrections: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    decay: float,
+    lipschitz_decay: float,
+    min_step: float,
+) -> Tensor:
+    """:func:`restore_sgd_`, then :func:`curvature_` of the squared gradients, over the displacement of the step."""
+    restore_sgd_(
+        params, grads, momentum_buffers, backup, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step
+    )
+    options = (SQUARE, 1.0, decay, lipschitz_decay, min_step)
+    return curvature_(curvatures, grads, lipschitz, params, backup, _no_key(backup), corrections, *options)
+
+
+def restore_adam_curvature_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    backup: Tensor,
+    lr: Tensor,
+    corrections: Tensor,
+    beta1: float,
+    beta2: float,
+    adam_eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+    decay: float,
+    lipschitz_decay: float,
+    min_step: float,
+) -> Tensor:
+    """:func:`restore_adam_`, then :func:`curvature_` of the squared gradients, over the displacement of the step."""
+    moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    betas = (beta1, beta2, adam_eps, weight_decay)
+    restore_adam_(params, grads, *moments, steps, backup, lr, *betas, decoupled, amsgrad, maximize)
+    options = (SQUARE, 1.0, decay, lipschitz_decay, min_step)
+    return curvature_(curvatures, grads, lipschitz, params, backup, _no_key(backup), corrections, *options)
+
+
+def _no_key(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint64, device=like.device)
+
+
+def pacgen(
+    params: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    lipschitz: Sequence[Tensor],
+    lipschitz_constant: Tensor,
+    curvature_scale: Tensor,
+    gamma: float,
+    eps: float,
+) -> Tensor:
+    """For each tensor ``sum_i log((|w_i| + N_i) max(sqrt(c_i), 1 / N_i))`` and the number of i with c_i N_i^2 <= 1.
+
+    A weight of 0 without neighbourhood (N_i = 0) adds log 1. Wide type, shape (len(params), 2).
+    """
+    rows = []
+    for i, p in enumerate(params):
+        w = p.to(_wide(p))
+        rho = lipschitz[i].to(w.dtype) if lipschitz else 1.0
+        n, c = _curved(w, curvatures[i].to(w.dtype), rho, lipschitz_constant, curvature_scale, gamma, eps)
+        capped = c * n * n <= 1.0
+        terms = torch.where(n > 0, (w.abs() + n).log() + 0.5 * torch.where(capped, n**-2.0, c).log(), 0.0)
+        rows.append(torch.stack([(terms + 0.0 * c).sum(), capped.sum().to(w.dtype)]))
+    return torch.stack(rows)
+
+
+def filter_norm(tensors: Sequence[Tensor], whole: bool) -> Tensor:
+    """The 2-norm of each filter (index of the first dimension) of each tensor, or of each tensor if ``whole`` or of
+    fewer than two dimensions: one wide vector."""
+    norms = []
+    for t in tensors:
+        rows = t.reshape(1, -1) if whole or t.dim() < 2 else t.flatten(1)
+        norms.append(torch.linalg.vector_norm(rows.to(_wide(t)), dim=1))
+    return torch.cat(norms)

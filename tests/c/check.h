@@ -16,9 +16,4 @@ extern int fm_failures;
     }                                                                 \
   } while (0)
 
-void test_conversions(void);
-void test_rounding(void);
-void test_pow(void);
-void test_philox(void);
-
 #endif

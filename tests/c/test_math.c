@@ -1,6 +1,6 @@
 /* fm_math.h against libm and against the definitions of the formats. */
 #include "check.h"
-#include "fm_math.h"
+#include "tests.h"
 
 /* ---- all 2^16 values of both 16-bit types ---- */
 
@@ -102,20 +102,5 @@ void test_pow(void) {
   }
   for (int64_t n = 0; n < 5000; n++) {
     CHECK(fabs(fm_pow_int(0.999, n) - pow(0.999, (double)n)) <= 1e-14, "0.999^%lld", (long long)n);
-  }
-}
-
-/* The known answers published with Random123 (kat_vectors, philox4x32 10). */
-void test_philox(void) {
-  const fm_quad counters[] = {{{0, 0, 0, 0}},
-                              {{UINT32_MAX, UINT32_MAX, UINT32_MAX, UINT32_MAX}},
-                              {{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}}};
-  const uint32_t keys[][2] = {{0, 0}, {UINT32_MAX, UINT32_MAX}, {0xa4093822u, 0x299f31d0u}};
-  const fm_quad answers[] = {{{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}},
-                             {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}},
-                             {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}};
-  for (int k = 0; k < 3; k++) {
-    const fm_quad got = fm_philox(counters[k], keys[k][0], keys[k][1]);
-    CHECK(memcmp(&got, &answers[k], sizeof got) == 0, "vector %d: %08x ...", k, got.lane[0]);
   }
 }

@@ -1,0 +1,397 @@
+/* The updates: bytes over instruction sets, splits and streaming stores, and against a plain loop over the formulas;
+ * the formulas against expressions of their own. */
+#include "check.h"
+#include "lists.h"
+#include "tests.h"
+
+#include <stdlib.h>
+
+/* ---- every form of every update has a case ---- */
+
+static int form_of(const update_case *c, const fm_row *row) {
+  return fm_form(c->update, &c->options, &row->traits, row->operand[FM_BUFFER].data != NULL);
+}
+
+void test_forms(void) {
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  bool reached[FM_UPDATE_COUNT][FM_FORMS] = {{false}};
+  for (int k = 0; k < count; k++) {
+    fm_list list = make_list(FM_F32, cases[k].operands, EXACT);
+    for (int64_t r = 0; r < list.count; r++) {
+      reached[cases[k].update][form_of(&cases[k], &list.rows[r])] = true;
+    }
+    free_list(&list);
+  }
+  for (int update = 0; update < FM_UPDATE_COUNT; update++) {
+    for (int form = 0; form < fm_form_count((fm_update)update); form++) {
+      CHECK(reached[update][form], "update %d has no case for form %d", update, form);
+    }
+  }
+}
+
+/* ---- one element at a time, straight from the formulas ---- */
+
+/* One element's operands, in place. */
+static void apply(const fm_row *row, const update_case *c, double *v) {
+  const int form = form_of(c, row);
+  if (row->wide) {
+    fm_rule_f64 rule;
+    memset(&rule, 0, sizeof rule);
+    fm_set_rule_f64(&rule, c->update, &c->options, &row->traits);
+    fm_apply_f64(c->update, form, v, &rule);
+    return;
+  }
+  float narrow[FM_SLOTS];
+  for (int k = 0; k < FM_SLOTS; k++) {
+    narrow[k] = (float)v[k];
+  }
+  fm_rule_f32 rule;
+  memset(&rule, 0, sizeof rule);
+  fm_set_rule_f32(&rule, c->update, &c->options, &row->traits);
+  fm_apply_f32(c->update, form, narrow, &rule);
+  for (int k = 0; k < FM_SLOTS; k++) {
+    v[k] = (double)narrow[k];
+  }
+}
+
+static void put_by_chance(const fm_view *v, int64_t i, double x, uint32_t word) {
+  const uint16_t bits =
+      v->dtype == FM_BF16 ? fm_f32_to_bf16_random((float)x, word) : fm_f32_to_f16_random((float)x, word);
+  put(v, i, (double)(v->dtype == FM_BF16 ? fm_bf16_to_f32(bits) : fm_f16_to_f32(bits)));
+}
+
+static bool moves(const fm_row *row, const update_case *c) {
+  return c->update != FM_ASCEND || (row->wide ? fm_ascend_moves_f64(&c->options) : fm_ascend_moves_f32(&c->options));
+}
+
+static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_case *c, long double *tally) {
+  const fm_shape shape = fm_shape_of(c->update);
+  const fm_options *o = &c->options;
+  const fm_view *param = &row->operand[FM_PARAM], *old = &row->operand[FM_OLD];
+  const fm_quad words = fm_random_quad(o->seed, o->step, (uint32_t)r, (uint64_t)i / 4);
+  double v[FM_SLOTS] = {0.0};
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    v[k] = row->operand[k].data != NULL ? get(&row->operand[k], i) : fm_default(k);
+  }
+  v[FM_DRAW] = (double)fm_draw_quad(words, fm_law_of(c->update, o)).lane[i % 4];
+  if (shape.copy == FM_COPY_TO_BACKUP) {
+    put(old, i, get(param, i));
+  } else if (shape.copy == FM_COPY_FROM_BACKUP) {
+    put(param, i, get(old, i));
+  }
+  if (!moves(row, c)) {
+    return;
+  }
+  apply(row, c, v);
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {
+      if (k == FM_PARAM && o->random && fm_dtype_size(param->dtype) == 2) {
+        put_by_chance(param, i, v[k], words.lane[i % 4]);
+      } else {
+        put(&row->operand[k], i, v[k]);
+      }
+    }
+  }
+  for (int k = 0; k < 3; k++) {
+    tally[k] = shape.tally == FM_TERM_NOISE ? tally[k] + (long double)v[FM_TALLY + k]
+                                            : fmaxl(tally[k], (long double)v[FM_TALLY + k]);
+  }
+  tally[3] += fabsl((long double)v[FM_TALLY]);
+}
+
+/* The bytes of the plain loop and, where numbers are added up, their sum to the roundings of 32 + 7 + 5 additions; what
+ * is counted and the largest are exact. */
+static void check_plain(const update_case *c, const fm_list *start, fm_dtype type) {
+  fm_list plain = copy_list(start), list = copy_list(start);
+  long double tally[4] = {0.0L, 0.0L, 0.0L, 0.0L}; /* the last one: of magnitudes */
+  for (int64_t r = 0; r < plain.count; r++) {
+    for (int64_t i = 0; i < plain.rows[r].numel; i++) {
+      plain_element(&plain.rows[r], r, i, c, tally);
+    }
+  }
+  const fm_sum got = fm_run_update(c->update, &list, &c->options, splits[0]);
+  CHECK(hash_list(&list) == hash_list(&plain), "%s type %d differs from the plain loop", c->name, (int)type);
+  if (fm_shape_of(c->update).tally == FM_TERM_NOISE) {
+    CHECK(fabsl(got.mid - tally[0]) <= 44 * 0x1p-53L * tally[3] && got.big == tally[1] && got.small == tally[2],
+          "%s type %d: %.17g, %g, %g, not %.17Lg, %Lg, %Lg", c->name, (int)type, got.mid, got.big, got.small, tally[0],
+          tally[1], tally[2]);
+  } else if (fm_shape_of(c->update).tally == FM_TERM_LARGEST) {
+    CHECK(got.mid == tally[0], "%s type %d: %.17g, not %.17Lg", c->name, (int)type, got.mid, tally[0]);
+  }
+  free_list(&plain);
+  free_list(&list);
+}
+
+/* All tables and splits, with and without streaming stores, must leave the bytes of the first run, in the operands and
+ * in the partial results. */
+static void check_same_bytes(const update_case *c, const fm_list *start, fm_dtype type) {
+  const fm_kernels *tables[MOST_TABLES];
+  const int table_count = kernel_tables(tables);
+  const size_t bytes = (size_t)start->first_chunk[start->count] * sizeof *start->partials;
+  uint64_t first = 0;
+  for (int t = 0; t < table_count; t++) {
+    for (int s = 0; s <= SPLITS; s++) {
+      fm_list list = copy_list(start);
+      memset(list.partials, 0xa5, bytes);
+      run_split(tables[t]->update[c->update], &list, &c->options, s == SPLITS, splits[s % SPLITS]);
+      const uint64_t hash = hash_bytes(list.partials, bytes, hash_list(&list));
+      first = t == 0 && s == 0 ? hash : first;
+      CHECK(hash == first, "%s type %d: table %d split %d differs", c->name, (int)type, tables[t]->isa, s);
+      free_list(&list);
+    }
+  }
+}
+
+void test_kernels(void) {
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  for (fm_dtype type = FM_F32; type <= FM_F16; type++) {
+    for (int k = 0; k < count; k++) {
+      fm_list start = make_list(type, cases[k].operands, EXACT);
+      check_same_bytes(&cases[k], &start, type);
+      check_plain(&cases[k], &start, type);
+      free_list(&start);
+    }
+  }
+}
+
+/* ---- strides ---- */
+
+/* In every bit: 0 is not -0, and a NaN equals itself. */
+static bool same_sum(fm_sum a, fm_sum b) {
+  return fm_bits_f64(a.mid) == fm_bits_f64(b.mid) && fm_bits_f64(a.big) == fm_bits_f64(b.big) &&
+         fm_bits_f64(a.small) == fm_bits_f64(b.small) && fm_bits_f64(a.rest) == fm_bits_f64(b.rest);
+}
+
+/* A strided tensor gives what its dense copy gives: rows of 7 in a matrix of width 11, and its transpose. The backup is
+ * always dense. Nothing between the elements changes. */
+static void check_strided(const update_case *c, fm_dtype type, const fm_layout *layout) {
+  const int64_t sizes[] = {3, 2100};
+  fm_list dense = make_list_of(sizes, 2, type, c->operands, EXACT), strided = copy_list(&dense);
+  stride_row(&strided.rows[1], layout, ~FM_BIT(FM_OLD));
+  const fm_sum want = fm_run_update(c->update, &dense, &c->options, splits[0]);
+  const fm_sum got = fm_run_update(c->update, &strided, &c->options, splits[1]);
+  CHECK(same_sum(got, want), "%s type %d", c->name, (int)type);
+  stride_row(&dense.rows[1], layout, ~FM_BIT(FM_OLD));
+  CHECK(hash_list(&strided) == hash_list(&dense), "%s type %d", c->name, (int)type);
+  free_list(&dense);
+  free_list(&strided);
+}
+
+void test_strided(void) {
+  static const fm_layout layouts[] = {{2, {300, 7}, {11, 1}}, {2, {7, 300}, {1, 11}}};
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  for (fm_dtype type = FM_F32; type <= FM_F16; type++) {
+    for (int k = 0; k < count; k++) {
+      check_strided(&cases[k], type, &layouts[k % 2]);
+      check_strided(&cases[k], type, &layouts[(k + 1) % 2]);
+    }
+  }
+}
+
+/* ---- the formulas of curvature-scaled noise, from their text: in float64, where few digits are lost ---- */
+
+typedef struct expected_noise {
+  double sigma, cut; /* of the truncated law, in sigmas */
+  bool capped;
+} expected_noise;
+
+/* N = gamma |w| + eps, c = max(h + rho N, 0), sigma = min(scale / sqrt c, N). */
+static expected_noise noise_of(const update_case *c, double w, double h, double rho) {
+  const fm_options *o = &c->options;
+  const double n = o->gamma * fabs(w) + o->eps;
+  if (o->sizing != FM_SIZE_CURVATURE) {
+    return (expected_noise){o->scale * (o->sizing == FM_SIZE_GIVEN ? h : n), 1.0, false};
+  }
+  const double curvature = fmax(o->curvature_scale * h + o->lipschitz * rho * n, 0.0);
+  const double wanted = curvature > 0.0 ? o->scale / sqrt(curvature) : INFINITY;
+  return (expected_noise){fmin(wanted, n), n / fmin(wanted, n), wanted >= n};
+}
+
+/* w + sigma xi. The truncated law has the mass of its uniform number (see test_truncation for the bound). */
+static void check_noise(const update_case *c, const fm_row *before, const fm_row *after, int64_t r, int64_t i,
+                        double *tally) {
+  const double w = get(&before->operand[FM_PARAM], i), moved = get(&after->operand[FM_PARAM], i) - w;
+  const fm_view *h = &before->operand[FM_CURVATURE], *rho = &before->operand[FM_LIPSCHITZ];
+  const expected_noise want = noise_of(c, w, h->data != NULL ? get(h, i) : 0.0, rho->data != NULL ? get(rho, i) : 1.0);
+  const fm_quad words = fm_random_quad(c->options.seed, c->options.step, (uint32_t)r, (uint64_t)i / 4);
+  const double draw = (double)fm_draw_quad(words, c->options.law).lane[i % 4];
+  CHECK(get(&after->operand[FM_OLD], i) == w, "%s: backup", c->name);
+  const double size = fabs(want.sigma); /* sizes that are given may be negative */
+  if (c->options.law == FM_LAW_TRUNCATED) {
+    const double mass = erf(moved / want.sigma / sqrt(2.0)), all = erf(want.cut / sqrt(2.0));
+    CHECK(fabs(mass - draw * all) <= 5.3e-7, "%s: mass %g, not %g", c->name, mass, draw * all);
+    CHECK(fabs(moved) <= size * want.cut * (1.0 + 1e-14), "%s: moved %g", c->name, moved);
+  } else { /* 30: what is lost in c where it comes near 0, and is not capped yet */
+    const double bound = 30 * 0x1p-52 * (fabs(w) + size * fabs(draw));
+    CHECK(fabs(moved - want.sigma * draw) <= bound, "%s: moved %.17g, not %.17g", c->name, moved, want.sigma * draw);
+  }
+  tally[0] += want.sigma;
+  tally[1] += want.capped ? 1.0 : 0.0;
+  tally[2] += size;
+}
+
+void test_noise(void) {
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  for (int k = 0; k < count; k++) {
+    if (cases[k].update != FM_SCALED_NOISE) {
+      continue;
+    }
+    fm_list before = make_list(FM_F64, cases[k].operands, ~0u), after = copy_list(&before);
+    const fm_sum got = fm_run_update(FM_SCALED_NOISE, &after, &cases[k].options, splits[0]);
+    double tally[3] = {0.0}, elements = 0.0;
+    for (int64_t r = 0; r < before.count; r++) {
+      for (int64_t i = 0; i < before.rows[r].numel; i++) {
+        check_noise(&cases[k], &before.rows[r], &after.rows[r], r, i, tally);
+        elements += 1.0;
+      }
+    }
+    CHECK(fabs(got.mid - tally[0]) <= 1e-11 * tally[2] && got.big == tally[1] && got.small == 0.0,
+          "%s: %.17g, %g, %g, not %.17g, %g, 0", cases[k].name, got.mid, got.big, got.small, tally[0], tally[1]);
+    if (cases[k].options.sizing == FM_SIZE_CURVATURE) {
+      CHECK(got.big > 0.2 * elements && got.big < 0.8 * elements, "%g of %g are capped", got.big, elements);
+    }
+    free_list(&before);
+    free_list(&after);
+  }
+}
+
+/* ---- the formulas of the base steps and of the averages ---- */
+
+/* torch.optim.SGD and Adam as their documentation states them. */
+static double expected_step(const update_case *c, const fm_row *row, const double *v) {
+  const fm_options *o = &c->options;
+  const bool adam = c->update == FM_RESTORE_ADAM || c->update == FM_RESTORE_ADAM_CURVATURE;
+  double w = v[FM_OLD], g = o->maximize ? -v[FM_GRAD] : v[FM_GRAD];
+  if (adam) {
+    w = o->decoupled ? w - o->lr * o->weight_decay * w : w;
+    g = o->decoupled ? g : g + o->weight_decay * v[FM_OLD];
+    const double m = o->beta1 * v[FM_MEAN] + (1.0 - o->beta1) * g;
+    const double square = o->beta2 * v[FM_SQUARE] + (1.0 - o->beta2) * g * g;
+    const double root = sqrt(o->amsgrad ? fmax(v[FM_LARGEST], square) : square) / row->traits.root_bias_correction;
+    return w - o->lr / row->traits.bias_correction1 * m / (root + o->adam_eps);
+  }
+  g += o->weight_decay * w;
+  if (row->operand[FM_BUFFER].data != NULL) {
+    const double b = o->first_step ? g : o->momentum * v[FM_BUFFER] + (1.0 - o->dampening) * g;
+    g = o->nesterov ? g + o->momentum * b : b;
+  }
+  return w - o->lr * g;
+}
+
+static bool is_near(double got, double want, double scale) { return fabs(got - want) <= 1e-14 * (fabs(want) + scale); }
+
+/* h' = decay h + (1 - decay) scale x, and over a step of more than min_step q = |k' h' - k h| / step, which moves the
+ * Lipschitz constant by its part. `step` is given to 1e-14. Returns q. */
+static double check_average(const update_case *c, const fm_row *after, int64_t i, const double *v, double x,
+                            double step) {
+  const fm_options *o = &c->options;
+  const fm_view *rho = &after->operand[FM_LIPSCHITZ];
+  const double h = v[FM_CURVATURE], next = o->decay * h + (1.0 - o->decay) * o->source_scale * x;
+  CHECK(is_near(get(&after->operand[FM_CURVATURE], i), next, fabs(h)), "%s: h %.17g", c->name, next);
+  const bool moved = step > o->min_step && o->correction_before != 0.0;
+  const double q = moved ? fabs(o->correction_after * next - o->correction_before * h) / step : 0.0;
+  const double mixed = o->lipschitz_decay * v[FM_LIPSCHITZ] + (1.0 - o->lipschitz_decay) * q;
+  if (rho->data != NULL) { /* 100: the quotient of numbers up to 3 by a step of 0.03 or more */
+    const double want = moved ? mixed : v[FM_LIPSCHITZ], got = get(rho, i);
+    CHECK(is_near(got, want, 100.0), "%s: rho %.17g, not %.17g", c->name, got, want);
+  }
+  return q;
+}
+
+/* Returns the difference quotient. */
+static double check_step(const update_case *c, const fm_row *before, const fm_row *after, int64_t r, int64_t i) {
+  double v[FM_MAX_OPERANDS];
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    v[k] = before->operand[k].data != NULL ? get(&before->operand[k], i) : 0.0;
+  }
+  if (c->update == FM_AVERAGE) {
+    const fm_quad words = fm_random_quad(c->options.seed, c->options.step, (uint32_t)r, (uint64_t)i / 4);
+    const double sign = (words.lane[i % 4] & 0x80000000u) != 0 ? -1.0 : 1.0, g = v[FM_GRAD];
+    const double x = c->options.source == FM_SOURCE_SQUARE   ? g * g
+                     : c->options.source == FM_SOURCE_PROBED ? sign * g
+                                                             : g;
+    return check_average(c, after, i, v, x, fabs(v[FM_PARAM] - v[FM_OLD]));
+  }
+  const double got = get(&after->operand[FM_PARAM], i), want = expected_step(c, before, v);
+  CHECK(is_near(got, want, 1.0), "%s: w %.17g, not %.17g", c->name, got, want);
+  return before->operand[FM_CURVATURE].data != NULL
+             ? check_average(c, after, i, v, v[FM_GRAD] * v[FM_GRAD], fabs(want - v[FM_OLD]))
+             : 0.0;
+}
+
+static bool is_step(fm_update update) {
+  return update == FM_AVERAGE || update == FM_RESTORE_SGD || update == FM_RESTORE_ADAM ||
+         update == FM_RESTORE_SGD_CURVATURE || update == FM_RESTORE_ADAM_CURVATURE;
+}
+
+void test_averages(void) {
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  for (int k = 0; k < count; k++) {
+    if (!is_step(cases[k].update)) {
+      continue;
+    }
+    fm_list before = make_list(FM_F64, cases[k].operands, ~0u), after = copy_list(&before);
+    if (cases[k].update != FM_AVERAGE) {
+      cases[k].options.source_scale = 1.0; /* has no meaning there */
+    }
+    const fm_sum got = fm_run_update(cases[k].update, &after, &cases[k].options, splits[0]);
+    double largest = 0.0;
+    for (int64_t r = 0; r < before.count; r++) {
+      for (int64_t i = 0; i < before.rows[r].numel; i++) {
+        largest = fmax(largest, check_step(&cases[k], &before.rows[r], &after.rows[r], r, i));
+      }
+    }
+    CHECK(is_near(got.mid, largest, 100.0), "%s: largest quotient %.17g, not %.17g", cases[k].name, got.mid, largest);
+    free_list(&before);
+    free_list(&after);
+  }
+}
+
+/* ---- what is not finite ---- */
+
+/* The weight of a size that is not finite, and no other, stays and is counted; a NaN shows in the largest quotient. */
+void test_not_finite(void) {
+  const int64_t size = 5000, at[] = {0, 255, 256, 4096, 4999};
+  const double wrong[] = {NAN, INFINITY, -INFINITY};
+  update_case noise = {"noise", FM_SCALED_NOISE, EXACT | FM_AVERAGES, some_options()};
+  update_case average = {"average", FM_AVERAGE, FM_BIT(FM_PARAM) | FM_AT_OLD | FM_AVERAGES, some_options()};
+  noise.options.sizing = FM_SIZE_CURVATURE;
+  for (fm_dtype type = FM_F32; type <= FM_F64; type++) {
+    for (noise.options.law = FM_LAW_UNIFORM; noise.options.law <= FM_LAW_TRUNCATED; noise.options.law++) {
+      fm_list clean = make_list_of(&size, 1, type, noise.operands, EXACT), list = copy_list(&clean);
+      for (int k = 0; k < 5; k++) {
+        put(&list.rows[0].operand[FM_CURVATURE], at[k], wrong[k % 3]);
+        put(&clean.rows[0].operand[FM_CURVATURE], at[k], wrong[k % 3] < 0.0 ? -1e30 : 1.0);
+      }
+      const fm_sum got = fm_run_update(FM_SCALED_NOISE, &list, &noise.options, splits[0]);
+      fm_run_update(FM_SCALED_NOISE, &clean, &noise.options, splits[0]);
+      for (int k = 0; k < 5; k++) {
+        if (wrong[k % 3] == wrong[k % 3] && wrong[k % 3] < 0.0) {
+          continue; /* c is 0: capped */
+        }
+        const double old = get(&list.rows[0].operand[FM_OLD], at[k]);
+        CHECK(get(&list.rows[0].operand[FM_PARAM], at[k]) == old, "law %d: %g moved", noise.options.law, wrong[k % 3]);
+        put(&clean.rows[0].operand[FM_PARAM], at[k], old);
+      }
+      CHECK(got.small == 2.0 && isfinite(got.mid), "law %d: %g are not finite", noise.options.law, got.small);
+      for (int64_t i = 0; i < size; i++) {
+        const double x = get(&list.rows[0].operand[FM_PARAM], i), y = get(&clean.rows[0].operand[FM_PARAM], i);
+        CHECK(x == y, "law %d element %lld: %g, not %g", noise.options.law, (long long)i, x, y);
+      }
+      free_list(&clean);
+      free_list(&list);
+    }
+    for (int k = 0; k < 5; k++) {
+      fm_list list = make_list_of(&size, 1, type, average.operands, EXACT);
+      put(&list.rows[0].operand[FM_GRAD], at[k], NAN);
+      put(&list.rows[0].operand[FM_PARAM], at[k], 5.0);
+      CHECK(isnan(fm_run_update(FM_AVERAGE, &list, &average.options, splits[0]).mid), "NaN at %lld", (long long)at[k]);
+      free_list(&list);
+    }
+  }
+}
