@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
-from . import _lib, ops
+from . import _lib
 from ._perturbed import Bucket, with_gradient
 
 __all__ = ["restore_and_step"]
 
 _Plan = Callable[[], None]
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+_dtype, _grad, _is_cpu = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_cpu")
 
 #: Group flags that ask torch for one particular implementation.
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
@@ -34,16 +34,15 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     plan_of = _PLANS.get(type(base))
     if plan_of is None or not _step_is_plain(base):
         return False
-    by_group = {bucket.group: bucket for bucket in buckets}
-    if len(by_group) != len(buckets):  # a group on several devices
-        return False
+    of_group: dict[int, list[Bucket]] = {}
+    for bucket in buckets:
+        of_group.setdefault(bucket.group, []).append(bucket)
     plans: list[tuple[Bucket, _Plan]] = []
     for index, group in enumerate(base.param_groups):
-        bucket = by_group.get(index)
-        grads = _gradients(group, bucket)
-        if grads is None:
+        pairs = _gradients(group, of_group.get(index, []))
+        if pairs is None:
             return False
-        if bucket is not None:
+        for bucket, grads in pairs:
             plan = plan_of(base, group, bucket, grads)
             if plan is None:
                 return False
@@ -67,21 +66,28 @@ def _step_is_plain(base: Optimizer) -> bool:
     )
 
 
-def _gradients(group: dict[str, Any], bucket: Bucket | None) -> list[Tensor] | None:
-    """The gradients of ``bucket``; None unless the group has no others, and nothing asks for torch's
-    own step. The operator itself refuses a gradient that turned sparse since the ascent."""
+def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucket, list[Tensor]]] | None:
+    """The gradients of each of the ``buckets``; None unless the group has no others, and nothing asks for torch's own
+    step. The operator itself refuses a gradient that turned sparse since the ascent."""
     params, grads = with_gradient(group["params"])
-    if bucket is None:
+    if not buckets:
         return None if params else []
-    fits = (
-        bucket.moved
-        and bucket.device.type in _lib.DEVICES
-        and bucket.dtype in (torch.float32, torch.float64)
-        and len(params) == len(bucket.params)
-        and all(map(is_, params, bucket.params))
-        and not any(group.get(flag) for flag in _IMPLEMENTATIONS)
-    )
-    return grads if fits else None
+    if any(group.get(flag) for flag in _IMPLEMENTATIONS) or not all(map(_fits, buckets)):
+        return None
+    if len(buckets) == 1:
+        known = buckets[0].params
+        same = len(params) == len(known) and all(map(is_, params, known))
+        return [(buckets[0], grads)] if same else None
+    if len({bucket.device for bucket in buckets}) > 1:
+        return None
+    parts = [list(map(_grad, bucket.params)) for bucket in buckets]
+    complete = sum(map(len, parts)) == len(params) and all(all(map(is_not, part, repeat(None))) for part in parts)
+    return list(zip(buckets, parts, strict=True)) if complete else None
+
+
+def _fits(bucket: Bucket) -> bool:
+    known = bucket.device.type in _lib.DEVICES and bucket.dtype in (torch.float32, torch.float64)
+    return known and bucket.moved
 
 
 def _are_numbers(*values: Any) -> bool:
@@ -100,10 +106,10 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
         "maximize": bool(group["maximize"]),
     }
     if momentum == 0:
-        return partial(ops.restore_sgd_, bucket.params, grads, [], bucket.backup, lr, **options)
+        return partial(bucket.restore_sgd, grads, [], lr, **options)
     old: list[Any] = [state.get("momentum_buffer") if state else None for state in map(base.state.get, bucket.params)]
     if all(map(is_not, old, repeat(None))):
-        return partial(ops.restore_sgd_, bucket.params, grads, old, bucket.backup, lr, **options)
+        return partial(bucket.restore_sgd, grads, old, lr, **options)
     if all(map(is_, old, repeat(None))):
         return partial(_first_sgd_step, base, bucket, grads, lr, options)
     return None
@@ -111,7 +117,7 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
 
 def _first_sgd_step(base: Optimizer, bucket: Bucket, grads: list[Tensor], lr: float, options: dict[str, Any]) -> None:
     buffers = [torch.empty_like(g, memory_format=torch.preserve_format) for g in grads]
-    ops.restore_sgd_(bucket.params, grads, buffers, bucket.backup, lr, first_step=True, **options)
+    bucket.restore_sgd(grads, buffers, lr, first_step=True, **options)
     for p, buffer in zip(bucket.params, buffers, strict=True):
         base.state[p]["momentum_buffer"] = buffer
 
@@ -156,17 +162,13 @@ def _adam_step(
     lr: float,
     options: dict[str, Any],
 ) -> None:
-    ops.restore_adam_(
-        bucket.params,
-        grads,
+    tensors = (
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [state["max_exp_avg_sq"] for state in states] if options["amsgrad"] else [],
         steps,
-        bucket.backup,
-        lr,
-        **options,
     )
+    bucket.restore_adam(grads, tensors, lr, **options)
     for p, state in zip(bucket.params, states, strict=True):
         base.state[p] = state
 

@@ -15,7 +15,7 @@ from .ops import on_device
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["combine", "is_dtensor", "local_gradient", "shard_groups", "total"]
+__all__ = ["combine", "is_dtensor", "local_gradient", "rank", "shard_groups", "total"]
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -37,6 +37,12 @@ def local_gradient(p: Any) -> Tensor:
         grad = grad.redistribute(p.device_mesh, p.placements)
     local: Tensor = grad.to_local()
     return local
+
+
+def rank() -> int:
+    """Of this process in the default group; 0 where there is none."""
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if known else 0
 
 
 def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] = ()) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["BatchNormBuffers", "RandomReplay"]
+__all__ = ["BatchNormBuffers", "CleanStatistics", "RandomReplay"]
 
 
 class BatchNormBuffers:
@@ -38,6 +39,37 @@ class BatchNormBuffers:
         for buffer, saved in self._saved:
             buffer.copy_(saved)
         self._saved = []
+
+
+class CleanStatistics(BatchNormBuffers):
+    """For a step whose only pass is at perturbed weights and does not count: warns once if nothing else does either,
+    which would ruin every evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._left: list[tuple[Tensor, int]] = []
+        self._step: int | None = None
+        self._uncounted = 0
+
+    def restore(self) -> None:
+        buffers = [buffer for buffer, _ in self._saved]
+        super().restore()
+        self._left = [(buffer, buffer._version) for buffer in buffers]
+
+    def see_step(self, step: int) -> None:
+        """At the start of a pass of step number ``step``."""
+        if step == self._step:
+            return
+        self._step = step
+        untouched = bool(self._left) and all(buffer._version == version for buffer, version in self._left)
+        self._uncounted += untouched
+        if untouched and self._uncounted == 2:
+            warnings.warn(
+                "model: BatchNorm's statistics have not changed for two steps, since passes under noise do not count. "
+                "Run a forward before each, `with torch.no_grad(): model(x)`, or torch.optim.swa_utils.update_bn "
+                "before every evaluation",
+                stacklevel=5,
+            )
 
 
 class RandomReplay:

@@ -122,7 +122,7 @@ class Wrapper(torch.optim.Optimizer):
         self._refuse_unless_at_rest("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        result: dict[str, Any] = self.base.state_dict()
+        result = self._pack()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = _or_else(post_hook(self, result), result)
         return result
@@ -133,9 +133,16 @@ class Wrapper(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or_else(pre_hook(self, state_dict), state_dict)
-        self.base.load_state_dict(state_dict)
+        self._unpack(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _pack(self) -> dict[str, Any]:
+        result: dict[str, Any] = self.base.state_dict()
+        return result
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base's ``add_param_group()``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _fused
-from ._options import build_base, check_int, check_keys, check_model, check_options
+from ._ascent import AscentSet, can_move, check_radius
+from ._options import build_base, check_int, check_model, check_sam_groups, check_sam_options
 from ._passes import BatchNormBuffers, RandomReplay
-from ._perturbed import PerturbedSet, can_move, check_radius
-from ._wrapper import Closure, GradScaler, Wrapper
+from ._perturbing import Perturbing, accumulate
+from ._wrapper import Closure, GradScaler
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SAM"]
 
 
-class SAM(Wrapper):
+class SAM(Perturbing):
     """Wraps an optimizer so that it steps with the gradient at the worst point within a radius of the weights.
 
     Five lines turn a training loop into SAM::
@@ -89,6 +88,9 @@ class SAM(Wrapper):
         TypeError, ValueError: an argument cannot be used; the message names it.
     """
 
+    _set: AscentSet
+    _advice = "Compute the gradient again within `with opt.perturb():` before opt.step(), or call opt.step(closure)"
+
     def __init__(
         self,
         optimizer_or_params: Any,
@@ -108,28 +110,24 @@ class SAM(Wrapper):
         base_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_options(rho, adaptive, eta, eps, p, rounding, sync, interval, start)
+        check_sam_options(rho, adaptive, eta, eps, p, rounding, sync, interval, start)
         check_model(model, same_rng)
         if base is not None and base_optimizer is not None:
             raise TypeError("base and base_optimizer: both given, but they are two names of one argument")
-        optimizer = build_base(optimizer_or_params, base or base_optimizer, base_kwargs)
-        self._group_defaults = {
+        optimizer = build_base("SAM", optimizer_or_params, base or base_optimizer, base_kwargs)
+        check_sam_groups(optimizer)
+        group_defaults = {
             "sam_rho": rho,
             "sam_adaptive": True if adaptive == "asam" else adaptive,
             "sam_eta": eta,
             "sam_step": 0,
         }
         if rounding == "stochastic":
-            self._group_defaults |= {"sam_seed": torch.initial_seed(), "sam_ascents": 0}
-        check_keys(optimizer, self._group_defaults)
-        optimizer.defaults.update(self._group_defaults)
-        super().__init__(optimizer)
-        self._fill_groups()
-        self._set = PerturbedSet(p, eps, sync)
+            group_defaults |= {"sam_seed": torch.initial_seed(), "sam_ascents": 0}
+        batch_norm = BatchNormBuffers(model) if model is not None else None
+        super().__init__(optimizer, group_defaults, AscentSet(p, eps, sync), batch_norm)
         self._interval, self._start = interval, start
-        self._batch_norm = BatchNormBuffers(model) if model is not None else None
         self._replay = RandomReplay(model) if model is not None and same_rng else None
-        self._watch = _Watch()
 
     # -- the two passes --------------------------------------------------------------------------------------------
 
@@ -171,21 +169,12 @@ class SAM(Wrapper):
         if self._batch_norm is not None:
             self._batch_norm.save()
         self._watch.ascended = self._set.ascend(self._groups(), self._next_key())
-        # autocast caches the 16-bit copies of the weights until its outermost block ends
-        torch.clear_autocast_cache()
+        self._start_pass()
         if self._replay is not None:
             self._replay.start_second_pass()
 
-    def restore(self) -> None:
-        """Move the weights back to ``w``. Nothing happens if they are there."""
-        if self._set.perturbed:
-            self._set.restore()
-            self._end_second_pass()
-
-    def _end_second_pass(self) -> None:
-        torch.clear_autocast_cache()
-        if self._batch_norm is not None:
-            self._batch_norm.restore()
+    def _end_pass(self) -> None:
+        super()._end_pass()
         if self._replay is not None:
             self._replay.reset()
 
@@ -206,7 +195,7 @@ class SAM(Wrapper):
         with torch.enable_grad():
             loss = closure()
             if self.active:
-                self._run_perturbed(closure)
+                self._run_perturbed(closure, clear_grads=True)
         self._base_step()
         return loss
 
@@ -256,8 +245,8 @@ class SAM(Wrapper):
         try:
             for call in calls:
                 losses.append(self._sam_gradient(call, 1.0 / len(calls), scaler, no_sync))
-                _accumulate(added, self._take_grads())
-            _accumulate(held, added)
+                accumulate(added, self._take_grads())
+            accumulate(held, added)
         finally:
             self._put_grads(held)
         return torch.stack(losses).mean()
@@ -282,61 +271,23 @@ class SAM(Wrapper):
             return run(weight)
         with no_sync() if no_sync is not None else contextlib.nullcontext():
             loss = run(1.0)  # the length of this gradient does not matter
-        self._run_perturbed(functools.partial(run, weight))
+        self._run_perturbed(functools.partial(run, weight), clear_grads=True)
         self.restore()
         return loss
 
-    def _run_perturbed(self, second_pass: Closure) -> None:
-        """Ascend and run ``second_pass``. The weights stay perturbed, unless it raises."""
-        self.ascend()
-        try:
-            self._clear_grads()
-            second_pass()
-        except BaseException:
-            self.restore()
-            raise
-
-    def _base_step(self) -> None:
-        counts = _changes_weights(self._groups())
-        if counts:
-            self._watch.see_step(self)
-        if not self._unscale():
-            self.restore()
-            return
-        if not self._fused_step():
+    def _take_step(self, counts: bool) -> None:
+        if not self._fused_step(self._set.buckets):
             self.restore()
             self.base.step()
         if self._replay is not None:
             self._replay.reset()
-        if counts:
-            step = self._groups()[0]["sam_step"] + 1
-            for group in self._groups():
-                group["sam_step"] = step
 
-    def _fused_step(self) -> bool:
-        if not self._set.perturbed:
-            return False
-        try:
-            done = _fused.restore_and_step(self.base, self._set.buckets)
-        except BaseException:
-            self.restore()
-            raise
-        if done:
-            self.restore()
-        return done
+    def _count_step(self) -> None:
+        step = self._groups()[0]["sam_step"] + 1
+        for group in self._groups():
+            group["sam_step"] = step
 
-    # -- groups and gradients --------------------------------------------------------------------------------------
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups = self.base.param_groups
-        if not all("sam_rho" in group for group in groups):
-            self._fill_groups()  # an older checkpoint was loaded through the base itself
-        return groups
-
-    def _fill_groups(self) -> None:
-        for group in self.base.param_groups:
-            for key, value in self._group_defaults.items():
-                group.setdefault(key, value)
+    # -- groups ----------------------------------------------------------------------------------------------------
 
     def _next_key(self) -> tuple[int, int] | None:
         groups = self._groups()
@@ -350,7 +301,6 @@ class SAM(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base's ``load_state_dict()``. Keys that the checkpoint of a bare optimizer lacks keep their defaults."""
         super().load_state_dict(state_dict)
-        self._fill_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base's ``add_param_group()``; the group may have its own ``sam_rho``."""
@@ -358,76 +308,3 @@ class SAM(Wrapper):
             check_radius(param_group.get("sam_rho", 0.0), "sam_rho")
             param_group.setdefault("sam_step", self._groups()[0]["sam_step"])
         super().add_param_group(param_group)
-        self._fill_groups()
-
-    def _clear_grads(self) -> None:
-        for group in self.base.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    @torch.no_grad()
-    def _take_grads(self) -> dict[Tensor, Tensor]:
-        """Take the gradients off the parameters. Views are copied: DDP's ``gradient_as_bucket_view`` reuses their
-        memory in the next backward."""
-        taken = {}
-        for group in self.base.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    taken[p] = p.grad.clone() if p.grad._is_view() else p.grad
-                    p.grad = None
-        return taken
-
-    def _put_grads(self, grads: dict[Tensor, Tensor]) -> None:
-        for group in self.base.param_groups:
-            for p in group["params"]:
-                p.grad = grads.get(p)
-
-    # -- what Wrapper asks -----------------------------------------------------------------------------------------
-
-    def _must_step(self) -> bool:
-        return self._set.perturbed
-
-    def _refuse_unless_at_rest(self, action: str) -> None:
-        if self._set.perturbed:
-            raise RuntimeError(
-                f"{action}: the weights are perturbed. Leave `with opt.perturb()`, or call restore() or step(), first"
-            )
-
-
-class _Watch:
-    """Warns once of a loop without a second pass: plain training, and nothing else would show it."""
-
-    def __init__(self) -> None:
-        self.ascended = False
-        self.plain_steps = 0
-        self.warned = False
-
-    def see_step(self, opt: SAM) -> None:
-        if self.ascended:
-            self.ascended, self.plain_steps = False, 0
-        elif not self.warned and opt.active and _any_grad(opt.param_groups):
-            self.plain_steps += 1
-            if self.plain_steps == 2:  # one is legal: torch.distributed.checkpoint, Lightning's sanity run
-                self.warned = True
-                warnings.warn(
-                    "SAM.step() ran twice without a perturbation: this trains as the bare optimizer does. Compute the "
-                    "gradient again within `with opt.perturb():` before opt.step(), or call opt.step(closure)",
-                    stacklevel=5,
-                )
-
-
-def _any_grad(groups: list[dict[str, Any]]) -> bool:
-    return any(p.grad is not None for group in groups for p in group["params"])
-
-
-def _changes_weights(groups: list[dict[str, Any]]) -> bool:
-    """False if every learning rate is 0: torch.distributed.checkpoint takes such a step to create the state, and it
-    must not count, or saving would shift ``interval``."""
-    rates = [group.get("lr", 1.0) for group in groups]
-    return any(isinstance(lr, Tensor) or lr != 0.0 for lr in rates)
-
-
-@torch.no_grad()
-def _accumulate(total: dict[Tensor, Tensor], grads: dict[Tensor, Tensor]) -> None:
-    for p, grad in grads.items():
-        total[p] = total[p].add_(grad) if p in total else grad

@@ -1,0 +1,147 @@
+"""SAM's ascent: a norm over every gradient, then every bucket to its worst point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._norms import combine, total
+from ._perturbed import Bucket, PerturbedSet, name_of, trained, with_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["AscentSet", "can_move", "check_radius"]
+
+
+def check_radius(rho: Any, name: str = "rho") -> None:
+    """``TypeError`` or ``ValueError`` unless ``rho`` can be a radius. A tensor's value is not read: that would sync."""
+    if isinstance(rho, Tensor):
+        if rho.numel() != 1:
+            raise ValueError(f"{name}: a tensor of shape {tuple(rho.shape)} given; a radius is a float or 0-dim tensor")
+    elif not isinstance(rho, int | float):
+        raise TypeError(f"{name}: {rho!r} given; a radius is a float or a 0-dim tensor")
+    elif not 0.0 <= rho < math.inf:
+        raise ValueError(f"{name}: {rho} given, but a radius is finite and not negative (0 switches SAM off)")
+
+
+def can_move(group: dict[str, Any]) -> bool:
+    """Whether the group's radius perturbs. A tensor counts: only the device knows its value."""
+    rho = group["sam_rho"]
+    return isinstance(rho, Tensor) or rho != 0.0
+
+
+class Moving(NamedTuple):
+    """A bucket with what one ascent needs of it."""
+
+    bucket: Bucket
+    params: list[Tensor]
+    grads: list[Tensor]
+    options: dict[str, Any]  # adaptive and eta, as the operators take them
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.params if self.options["adaptive"] in (True, "asam", "davda54") else []
+
+
+class AscentSet(PerturbedSet[Bucket]):
+    """The parameters that SAM moves: those that have a gradient and a radius.
+
+    Attributes:
+        norm: gradient norm of the last ascent, float64 0-dim on the device of the first bucket; None before.
+    """
+
+    def __init__(self, p: float, eps: float, sync: str | ProcessGroup) -> None:
+        super().__init__()
+        self.q = ops.dual_exponent(p)
+        self.eps = eps
+        self.sync = () if isinstance(sync, str) else (sync,)
+        self.norm: Tensor | None = None
+
+    def new_bucket(self, group: int, params: list[Tensor], shards: tuple[ProcessGroup, ...] | None) -> Bucket:
+        return Bucket(group, params, shards)
+
+    def ascend(self, groups: Sequence[dict[str, Any]], key: tuple[int, int] | None) -> bool:
+        """Move every parameter that has a gradient and a radius to ``w + e``. False if there is none.
+
+        ``key`` is (seed, number of the ascent) for stochastic rounding. Nothing is written before every gradient of
+        every bucket has been checked and its norm taken.
+        """
+        moving = list(self._gather(groups))
+        try:
+            self.norm = self._norm(moving, groups)
+        except RuntimeError:
+            _refuse_sparse(moving, groups)
+            raise
+        share = self._share(moving) if self.q == math.inf else None
+        self.buckets = [m.bucket for m in moving]
+        self.perturbed = True
+        try:
+            for position, m in enumerate(moving):
+                self._move(m, groups[m.bucket.group]["sam_rho"], share, key, position)
+        except BaseException:
+            self.restore()
+            raise
+        return bool(moving)
+
+    def _gather(self, groups: Sequence[dict[str, Any]]) -> Iterator[Moving]:
+        for index, group in enumerate(groups):
+            check_radius(group["sam_rho"], f"param_groups[{index}]['sam_rho']")
+            if not can_move(group):
+                continue
+            options = {"adaptive": group["sam_adaptive"], "eta": group["sam_eta"]}
+            ops.scaling_code(options["adaptive"])
+            params, grads = trained(*with_gradient(group["params"]))  # frozen after a backward pass
+            for bucket in self.buckets_of(index, params):
+                whole = bucket.shards is None and len(bucket.params) == len(params)
+                yield Moving(bucket, bucket.local(), grads if whole else bucket.local_grads(), options)
+
+    def _norm(self, moving: Sequence[Moving], groups: Sequence[dict[str, Any]]) -> Tensor:
+        partial = []
+        for m in moving:
+            norm = ops.norm(m.grads, m.weights, q=self.q, **m.options)
+            partial.append(combine([norm], self.q, m.bucket.shards or ()))
+        if not partial:  # the other ranks of `sync` still wait for this one
+            device = next((p.device for group in groups for p in group["params"]), None)
+            partial = [torch.zeros((), dtype=torch.float64, device=device)]
+        return combine(partial, self.q, self.sync)
+
+    def _share(self, moving: Sequence[Moving]) -> Tensor:
+        """How many gradients share the radius in the 1-norm: those that attain the maximum."""
+        assert self.norm is not None
+        counts = []
+        for m in moving:
+            norm = ops.on_device(self.norm, m.bucket.device)
+            counts.append(total([ops.ties(m.grads, norm, m.weights, **m.options)], m.bucket.shards or ()))
+        return total(counts or [torch.zeros_like(self.norm)], self.sync)
+
+    def _move(
+        self, m: Moving, rho: float | Tensor, share: Tensor | None, key: tuple[int, int] | None, position: int
+    ) -> None:
+        assert self.norm is not None
+        bucket, device = m.bucket, m.bucket.device
+        if share is not None:
+            rho = (ops.on_device(rho, share.device) if isinstance(rho, Tensor) else rho) / share
+        # Each bucket counts its elements from 0, so each needs a stream of its own.
+        words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
+        stream = None if words is None else ops.on_device(words, device)
+        norm = ops.on_device(self.norm, device)
+        ops.sam_ascend_(m.params, m.grads, bucket.backup, norm, rho, q=self.q, eps=self.eps, key=stream, **m.options)
+        bucket.moved = True
+        bucket.bump_versions()
+
+
+def _refuse_sparse(moving: Sequence[Moving], groups: Sequence[dict[str, Any]]) -> None:
+    """Name the parameter with a sparse gradient, if that is what the norm failed on."""
+    for m in moving:
+        for p, grad in zip(m.bucket.params, m.grads, strict=True):
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{name_of(p, groups)} has a gradient of layout {grad.layout}; SAM needs dense ones: use "
+                    "nn.Embedding(sparse=False), or give the group sam_rho=0"
+                )

@@ -1,0 +1,150 @@
+"""Estimates of the Hessian's diagonal from what a training step has: a closure, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._noise import STREAMS, NoiseSet
+from ._noise_bucket import NoiseBucket, Portion, local
+from ._norms import rank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["learn_from_callable", "learn_from_gnb", "learn_from_hutchinson"]
+
+_Groups = Sequence[dict[str, Any]]
+_Sources = list[list[Tensor]]
+
+
+def learn_from_gnb(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tensor]) -> None:
+    """Gauss-Newton-Bartlett: ``B g^ o g^`` with the gradient ``g^`` of the mean cross-entropy for ``B`` labels drawn
+    from the model's own softmax (Liu et al. 2023, arXiv 2305.14342, Algorithm 2)."""
+    buckets = _plain_buckets(noise, groups)
+    logits = closure()
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"closure: gave {given}, but hessian='gnb' needs logits of shape (predictions, classes)")
+    labels = _draw_labels(noise, logits.detach())
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    portions, sources = _portions(noise, buckets, torch.autograd.grad(loss, _params(buckets), allow_unused=True))
+    count = _average(sources, len(labels), _group(noise))
+    noise.learn_from_estimates(portions, sources, [None] * len(portions), source="square", source_scale=count)
+
+
+def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tensor]) -> None:
+    """``v o H v`` with a Rademacher vector ``v`` (Bekas et al. 2007). ``v`` is common to all ranks."""
+    buckets = _plain_buckets(noise, groups)
+    loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"closure: gave {given}, but hessian='hutchinson' needs the loss, with its graph")
+    first = torch.autograd.grad(loss, _params(buckets), create_graph=True, allow_unused=True)
+    portions, gradients = _portions(noise, buckets, first)
+    keys = [ops.random_key(noise.seed, noise.estimates, STREAMS + i, q.bucket.device) for i, q in enumerate(portions)]
+    probes = [[torch.empty_like(p, requires_grad=False) for p in portion.params] for portion in portions]
+    for v, key in zip(probes, keys, strict=True):
+        ops.probe_(v, key)
+    params = [p for portion in portions for p in portion.params]
+    pairs = [(g, v) for gs, vs in zip(gradients, probes, strict=True) for g, v in zip(gs, vs, strict=True)]
+    pairs = [(g, v) for g, v in pairs if g.requires_grad]  # the loss is linear in the others
+    products: Sequence[Tensor] = [torch.zeros_like(p) for p in params]
+    if pairs:
+        outputs, vectors = zip(*pairs, strict=True)
+        products = torch.autograd.grad(outputs, params, vectors, materialize_grads=True)
+    remaining = iter(products)
+    sources = [[next(remaining) for _ in portion.params] for portion in portions]
+    _average(sources, 1, _group(noise))
+    noise.learn_from_estimates(portions, sources, keys, source="probed")
+
+
+def learn_from_callable(noise: NoiseSet, groups: _Groups, hessian: Callable[[list[Tensor]], Any]) -> None:
+    """What ``hessian(params)`` returns, as it is."""
+    buckets = noise.gather(groups)
+    params = _params(buckets)
+    if not params:
+        return
+    estimates = hessian(params)
+    if not isinstance(estimates, Sequence) or len(estimates) != len(params):
+        given = f"{len(estimates)} tensors" if isinstance(estimates, Sequence) else type(estimates).__name__
+        raise TypeError(f"hessian: gave {given} for {len(params)} parameters; give one tensor, or None, for each")
+    for p, estimate in zip(params, estimates, strict=True):
+        if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != p.shape):
+            given = f"shape {tuple(estimate.shape)}" if isinstance(estimate, Tensor) else type(estimate).__name__
+            raise TypeError(f"hessian: gave {given} for a parameter of shape {tuple(p.shape)}")
+    portions, sources = _portions(noise, buckets, estimates)
+    _average(sources, 1, _group(noise))
+    noise.learn_from_estimates(portions, sources, [None] * len(portions), source="plain")
+
+
+def _draw_labels(noise: NoiseSet, logits: Tensor) -> Tensor:
+    """One class of each row: the largest logit with Gumbel noise. Each rank draws for its own rows."""
+    key = ops.random_key(noise.seed, noise.estimates, STREAMS + rank(), logits.device)
+    uniform = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    ops.probe_([uniform], key, law="uniform")
+    gumbel = uniform.add_(1.0).mul_(0.5).log_().neg_().log_().neg_()
+    return (logits.float() + gumbel).argmax(dim=1)
+
+
+def _group(noise: NoiseSet) -> ProcessGroup | None:
+    return None if isinstance(noise.settings.sync, str) else noise.settings.sync
+
+
+def _params(buckets: Sequence[NoiseBucket]) -> list[Tensor]:
+    return [p for bucket in buckets for p in bucket.params]
+
+
+def _plain_buckets(noise: NoiseSet, groups: _Groups) -> list[NoiseBucket]:
+    buckets = noise.gather(groups)
+    if any(bucket.shards is not None for bucket in buckets):
+        raise RuntimeError(
+            f"hessian: {noise.settings.hessian!r} cannot differentiate by sharded parameters; use 'grad2' or a callable"
+        )
+    return buckets
+
+
+def _portions(
+    noise: NoiseSet, buckets: Sequence[NoiseBucket], values: Sequence[Tensor | None]
+) -> tuple[list[Portion], _Sources]:
+    """What of each bucket has a value, and the values. With a process group, on which each rank may lack others, all
+    of it has one: 0 if need be."""
+    fill = _group(noise) is not None
+    remaining = iter(values)
+    portions, sources = [], []
+    for bucket in buckets:
+        own = [next(remaining) for _ in bucket.params]
+        if fill:
+            own = [torch.zeros_like(p) if x is None else x for p, x in zip(bucket.params, own, strict=True)]
+        present = [x is not None for x in own]
+        if any(present):
+            portions.append(Portion(bucket, present, noise.settings.lipschitz == "element"))
+            sources.append([local(x) for x in own if x is not None])
+    return portions, sources
+
+
+@torch.no_grad()
+def _average(sources: _Sources, weight: int, group: ProcessGroup | None) -> float:
+    """Replace ``sources`` by their mean over the ranks, each counted ``weight`` times; return the sum of the weights.
+    One collective for each type and device."""
+    if group is None:
+        return float(weight)
+    kinds: dict[Any, list[tuple[int, int]]] = {}
+    for i, part in enumerate(sources):
+        for j, x in enumerate(part):
+            kinds.setdefault((x.device, torch.promote_types(x.dtype, torch.float32)), []).append((i, j))
+    total = float(weight)
+    for (device, dtype), places in kinds.items():
+        weights = torch.tensor([float(weight)], dtype=dtype, device=device)
+        flat = torch.cat([weights, *(sources[i][j].to(dtype).flatten() * weight for i, j in places)])
+        torch.distributed.all_reduce(flat, group=group)
+        total = float(flat[0])
+        parts = (flat[1:] / flat[0]).split([sources[i][j].numel() for i, j in places])  # type: ignore[no-untyped-call]
+        for (i, j), part in zip(places, parts, strict=True):
+            like = sources[i][j]
+            sources[i][j] = torch.empty_like(like, dtype=dtype).copy_(part.view(like.shape))
+    return total

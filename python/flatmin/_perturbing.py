@@ -1,0 +1,211 @@
+"""What SAM and PerturbedOPT have in common: weights that move for a gradient and come back for the step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _fused
+from ._options import check_keys
+from ._passes import BatchNormBuffers
+from ._perturbed import Bucket, PerturbedSet
+from ._wrapper import Closure, Wrapper
+
+__all__ = ["Perturbing", "accumulate"]
+
+
+class Perturbing(Wrapper):
+    """A wrapper that perturbs. Subclasses say how to :meth:`ascend`, what their groups hold and what a step does.
+
+    Args:
+        optimizer: the base.
+        group_defaults: our keys of the groups, with the values of groups that lack them.
+        perturbed: the set that moves.
+        batch_norm: statistics that must not see the perturbed weights.
+    """
+
+    #: What a loop that never perturbs should do, for the warning.
+    _advice: str
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        group_defaults: dict[str, Any],
+        perturbed: PerturbedSet[Any],
+        batch_norm: BatchNormBuffers | None,
+    ) -> None:
+        self._group_defaults = group_defaults
+        check_keys(optimizer, group_defaults)
+        optimizer.defaults.update(group_defaults)
+        super().__init__(optimizer)
+        self._fill_groups()
+        self._set = perturbed
+        self._batch_norm = batch_norm
+        self._watch = Watch()
+
+    @property
+    def active(self) -> bool:
+        raise NotImplementedError
+
+    def ascend(self) -> None:
+        raise NotImplementedError
+
+    def _take_step(self, counts: bool) -> None:
+        """Restore the weights and take the base's step. ``counts`` is False if no weight can change."""
+        raise NotImplementedError
+
+    def _count_step(self) -> None:
+        raise NotImplementedError
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def _start_pass(self) -> None:
+        # autocast caches the 16-bit copies of the weights until its outermost block ends
+        torch.clear_autocast_cache()
+
+    def _end_pass(self) -> None:
+        torch.clear_autocast_cache()
+        if self._batch_norm is not None:
+            self._batch_norm.restore()
+
+    def restore(self) -> None:
+        """Move the weights back to ``w``. Nothing happens if they are there."""
+        if self._set.perturbed:
+            self._set.restore()
+            self._end_pass()
+
+    def _run_perturbed(self, closure: Closure, clear_grads: bool = False) -> Any:
+        """Ascend and run ``closure``. The weights stay perturbed, unless it raises."""
+        self.ascend()
+        try:
+            if clear_grads:
+                self._clear_grads()
+            return closure()
+        except BaseException:
+            self.restore()
+            raise
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _base_step(self) -> None:
+        counts = _changes_weights(self._groups())
+        if counts:
+            self._watch.see_step(self)
+        if not self._unscale():
+            self.restore()
+            return
+        self._take_step(counts)
+        if counts:
+            self._count_step()
+
+    def _fused_step(self, buckets: Sequence[Bucket]) -> bool:
+        """Restore and step in one pass, if that fits. ``buckets`` are those that the base will step."""
+        if not self._set.perturbed:
+            return False
+        try:
+            done = _fused.restore_and_step(self.base, buckets)
+        except BaseException:
+            self.restore()
+            raise
+        if done:
+            self.restore()
+        return done
+
+    # -- groups and gradients --------------------------------------------------------------------------------------
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = self.base.param_groups
+        key = next(iter(self._group_defaults))
+        if not all(key in group for group in groups):
+            self._fill_groups()  # an older checkpoint was loaded through the base itself
+        return groups
+
+    def _fill_groups(self) -> None:
+        for group in self.base.param_groups:
+            for key, value in self._group_defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._fill_groups()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._fill_groups()
+
+    def _clear_grads(self) -> None:
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    @torch.no_grad()
+    def _take_grads(self) -> dict[Tensor, Tensor]:
+        """Take the gradients off the parameters. Views are copied: DDP's ``gradient_as_bucket_view`` reuses their
+        memory in the next backward."""
+        taken = {}
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    taken[p] = p.grad.clone() if p.grad._is_view() else p.grad
+                    p.grad = None
+        return taken
+
+    def _put_grads(self, grads: dict[Tensor, Tensor]) -> None:
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                p.grad = grads.get(p)
+
+    # -- what Wrapper asks -----------------------------------------------------------------------------------------
+
+    def _must_step(self) -> bool:
+        return self._set.perturbed
+
+    def _refuse_unless_at_rest(self, action: str) -> None:
+        if self._set.perturbed:
+            raise RuntimeError(
+                f"{action}: the weights are perturbed. Leave `with opt.perturb()`, or call restore() or step(), first"
+            )
+
+
+class Watch:
+    """Warns once of a loop that never perturbs: plain training, and nothing else would show it."""
+
+    def __init__(self) -> None:
+        self.ascended = False
+        self.plain_steps = 0
+        self.warned = False
+
+    def see_step(self, opt: Perturbing) -> None:
+        if self.ascended:
+            self.ascended, self.plain_steps = False, 0
+        elif not self.warned and opt.active and _any_grad(opt.param_groups):
+            self.plain_steps += 1
+            if self.plain_steps == 2:  # one is legal: torch.distributed.checkpoint, Lightning's sanity run
+                self.warned = True
+                warnings.warn(
+                    f"{type(opt).__name__}.step() ran twice without a perturbation: this trains as the bare optimizer "
+                    f"does. {opt._advice}",
+                    stacklevel=5,
+                )
+
+
+@torch.no_grad()
+def accumulate(total: dict[Tensor, Tensor], grads: dict[Tensor, Tensor]) -> None:
+    """Add ``grads`` to ``total``, whose tensors are changed in place."""
+    for p, grad in grads.items():
+        total[p] = total[p].add_(grad) if p in total else grad
+
+
+def _any_grad(groups: list[dict[str, Any]]) -> bool:
+    return any(p.grad is not None for group in groups for p in group["params"])
+
+
+def _changes_weights(groups: list[dict[str, Any]]) -> bool:
+    """False if every learning rate is 0: torch.distributed.checkpoint takes such a step to create the state, and it
+    must not count, or saving would shift ``interval``."""
+    rates = [group.get("lr", 1.0) for group in groups]
+    return any(isinstance(lr, Tensor) or lr != 0.0 for lr in rates)

@@ -1,0 +1,403 @@
+"""Training under noise that is sized by each weight's own curvature, around any torch optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checkpoint import Checkpoint, check_noise, split, unpack_noise
+from ._estimates import learn_from_callable, learn_from_gnb, learn_from_hutchinson
+from ._noise import NoiseSet, NoiseStats, can_move
+from ._noise_bucket import Settings
+from ._options import build_base, check_int, check_model, check_noise_options, check_size
+from ._passes import BatchNormBuffers, CleanStatistics
+from ._perturbing import Perturbing, accumulate
+from ._wrapper import Closure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["NoiseStats", "PerturbedOPT"]
+
+
+class PerturbedOPT(Perturbing):
+    """Wraps an optimizer so that it steps with a gradient taken under noise, more of it along flat directions.
+
+    One pass, and two lines more than a plain training loop::
+
+        opt = PerturbedOPT(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), gamma=0.1)
+        ...
+        opt.zero_grad()
+        with opt.perturb():                       # w + u
+            loss_fn(model(x), y).backward()
+        opt.step()                                # at w again: the base optimizer's step
+
+    The noise is POPT-1, the project's own definition, after arXiv 1809.07402 (Wang, Keskar, Xiong, Socher 2018), whose
+    own algorithm is not public line by line::
+
+        N_i     = (gamma |w_i| + eps) decay(T)
+        sigma_i = min(scale / sqrt(max(hhat_i + rho N_i, 0)), N_i),   hhat = h / (1 - beta1^t)
+        u_i     = sigma_i xi_i,   xi of law `dist`;   g = gradient at w + u;   w restored bit for bit
+        h       <- beta1 h + (1 - beta1) g^2;   w <- base step with g
+        rho     <- beta2 rho + (1 - beta2) max_i |hhat'_i - hhat_i| / |w'_i - w_i|
+
+    ``t`` counts the updates of ``h``, for each parameter by itself. Before the first there is no noise: the first step
+    is the bare optimizer's. ``opt.step(closure)`` perturbs, runs the closure and steps; it restores, steps and averages
+    in one pass over memory where the base is exactly :class:`torch.optim.SGD`, :class:`~torch.optim.Adam` or
+    :class:`~torch.optim.AdamW`.
+
+    Promises:
+
+    * The weights come back bit for bit, at the same address, whatever happened in between.
+    * A curvature that is not finite moves no weight. It raises ``RuntimeError``: on a CPU at once, on a GPU, which is
+      not waited for, a step or two later, and at the latest in :meth:`state_dict`.
+    * ``param_groups``, ``state`` and ``defaults`` are the base's own. ``state_dict()`` is ``{"base": ..., "noise":
+      ...}``: the first part loads into the bare optimizer, both resume a run to the last bit, and the checkpoint of a
+      bare optimizer loads too and begins the noise anew.
+    * No host synchronisation. Memory: a copy of the parameters for the way back, and ``h`` in float32 at least; one
+      more for ``lipschitz="element"``, and for quotients that span several steps (``hessian`` other than "grad2").
+
+    Mixed precision: ``h`` has the scale of the loss squared, so it is fed after unscaling only. ``scaler.step(opt)``
+    is as usual and a step that it skips changes nothing; it unscales for us, also if the base could by itself
+    (``fused=True``). ``scaler.step(opt, closure)`` is not supported, since torch never unscales a closure's gradients.
+    Gradients that are clipped before :meth:`step` are averaged as clipped.
+
+    Several gradients in one step: a context for each micro-batch draws anew for each; one context around all of them
+    draws once. Neither clears gradients.
+
+    Under DistributedDataParallel gradients are averaged before ``h`` sees them, so ``h`` and the weights stay equal on
+    all ranks to the last bit, without communication of our own. Of DTensors (FSDP2) each shard draws for itself.
+
+    Args:
+        optimizer_or_params: the optimizer to wrap, or parameters as an optimizer takes them; then give ``base``.
+        base: class of the optimizer to build around parameters.
+        dist: law of the noise: "uniform" on ``(-sigma, sigma)``; "truncated_normal", cut at ``N``; "normal", which
+            alone can move a weight by more than ``N``.
+        hessian: where ``h`` comes from. "grad2": the squared gradients of the steps. "gnb" and "hutchinson":
+            Gauss-Newton-Bartlett and Hutchinson estimates, through :meth:`update_curvature`. Or a function that is
+            called after every ``hessian_interval``-th step with the list of perturbed parameters, and returns one
+            estimate of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
+        gamma, eps: the neighbourhood ``N``, >= 0. Per group: ``popt_gamma``, ``popt_eps``. Without noise (both 0, or
+            ``scale`` 0) a group is left to the base, to the last bit.
+        scale: >= 0, ``1 / sqrt(eta)`` of the PAC-Bayes bound. Per group: ``popt_scale``.
+        beta1: decay of ``h``.
+        beta2: decay of ``rho``.
+        lipschitz: Hessian-Lipschitz constant ``rho``. "global": the largest quotient; "element": one for each weight;
+            or a constant >= 0.
+        min_step: weights that moved by no more have no quotient. The default is the rounding unit of a float32 weight
+            of 0.1: quotients of smaller steps are of rounding errors, and the global constant is their maximum.
+        schedule: ``decay(T)`` of the epoch ``T``, see :attr:`epoch`. None is 1, "log" is ``1 / log(e - 1 + T)``, a
+            function of the epoch gives its own.
+        draws: how often :meth:`step` with a closure draws and runs it.
+        sizing: "curvature", or noise of a size that needs none, as settings of the same machinery. Its size is then
+            ``scale decay(T)`` times: 1 ("isotropic"); ``|w_i|`` ("magnitude"); the 2-norm of the weight's filter, or of
+            the tensor where it has fewer than two dimensions ("filter": LPF-SGD, arXiv 2201.08025, RWP, arXiv
+            2404.00357, with ``dist="normal"``); ``||w|| / sqrt(n)`` of its tensor, so that the noise of a tensor has a
+            size relative to it ("tensor", AWP's normalisation, arXiv 2004.05884). "truncated_normal" then cuts at
+            ``sigma``.
+        model: module whose BatchNorm statistics must not see the perturbed weights. Since there is no other pass,
+            something else has to count: a forward before :meth:`perturb`, ``with torch.no_grad(): model(x)``, or
+            :func:`torch.optim.swa_utils.update_bn` before an evaluation. Without ``model`` the statistics follow the
+            perturbed passes.
+        sync: "common": the same noise on every rank, given the same seed; "per_rank": each its own. A process group is
+            "common", and averages estimates of ``hessian`` over it; squared gradients need that not.
+        generator: of the CPU, to draw the seed from; by default it is :func:`torch.initial_seed`. torch's own
+            generators are not touched: noise is a function of the seed and of counters that are in the checkpoint.
+        hessian_interval: steps from one estimate to the next, where ``hessian`` is not "grad2".
+        start: index of the first step with noise, >= 0. ``h`` is averaged before, too.
+        base_kwargs: arguments of ``base``.
+
+    Attributes:
+        base: the wrapped optimizer.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message names it.
+    """
+
+    _set: NoiseSet
+    _batch_norm: CleanStatistics | None
+    _advice = "Compute the gradient within `with opt.perturb():`, or call opt.step(closure)"
+
+    def __init__(
+        self,
+        optimizer_or_params: Any,
+        base: Callable[..., torch.optim.Optimizer] | None = None,
+        *,
+        dist: str = "uniform",
+        hessian: str | Callable[[list[Tensor]], Sequence[Tensor | None]] = "grad2",
+        gamma: float = 0.1,
+        eps: float = 1e-5,
+        scale: float = 1.0,
+        beta1: float = 0.999,
+        beta2: float = 0.1,
+        lipschitz: str | float = "global",
+        min_step: float = 1e-8,
+        schedule: str | Callable[[int], float] | None = None,
+        draws: int = 1,
+        sizing: str = "curvature",
+        model: nn.Module | None = None,
+        sync: str | ProcessGroup = "common",
+        generator: torch.Generator | None = None,
+        hessian_interval: int = 10,
+        start: int = 0,
+        **base_kwargs: Any,
+    ) -> None:
+        own: dict[str, Any] = {"hessian": hessian, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
+        own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "hessian_interval": hessian_interval}
+        others: dict[str, Any] = {"dist": dist, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync}
+        check_noise_options(**own, **others, draws=draws, generator=generator, start=start)
+        check_model(model, same_rng=False)
+        optimizer = build_base("PerturbedOPT", optimizer_or_params, base, base_kwargs)
+        group_defaults = {"popt_scale": scale}
+        if sizing == "curvature":
+            group_defaults |= {"popt_gamma": gamma, "popt_eps": eps}
+        _check_groups(optimizer.param_groups, group_defaults)
+        settings = Settings(dist, sizing, hessian, lipschitz, beta1, beta2, min_step, schedule, sync)
+        seed = torch.initial_seed()
+        if generator is not None:
+            seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        batch_norm = CleanStatistics(model) if model is not None else None
+        super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), batch_norm)
+        self._draws, self._start, self._interval = draws, start, hessian_interval
+
+    # -- the pass ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether an ascent would move anything at this step: ``start`` allows it, some group has noise, and there is
+        a curvature, which the first step has yet to find."""
+        noise = self._set
+        known = bool(noise.tracks) or not noise.settings.curved
+        return known and noise.steps >= self._start and any(map(can_move, self._groups()))
+
+    @contextlib.contextmanager
+    def perturb(self) -> Iterator[None]:
+        """Context for the pass: weights at ``w + u`` with a fresh draw on entry, ``w`` on exit, always. Gradients are
+        not cleared: those of several draws add up.
+
+        Where the optimizer is not :attr:`active`, the weights stay at ``w``.
+
+        Raises:
+            RuntimeError: the weights are perturbed already, or something is not finite (see the class).
+        """
+        self.ascend()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def ascend(self) -> None:
+        """Move the weights from ``w`` to ``w + u``. :meth:`perturb` is safer."""
+        self._refuse_unless_at_rest("ascend()")
+        self._refuse_what_is_not_finite()
+        if not self.active:
+            return
+        groups = self._groups()
+        _check_groups(groups, self._group_defaults)
+        if self._batch_norm is not None:
+            self._batch_norm.see_step(self._set.steps)
+            self._batch_norm.save()
+        self._watch.ascended = self._set.ascend(groups)
+        self._start_pass()
+        self._refuse_what_is_not_finite()
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Restore the weights if they are perturbed, take the base's step, and update the curvature.
+
+        Args:
+            closure: clears the gradients, computes them and returns the loss. It is called ``draws`` times, each under
+                its own noise, and the gradients are averaged; once where the optimizer is not :attr:`active`. If it
+                raises, the weights are restored.
+
+        Returns:
+            What ``closure`` returned, or the mean over the draws: the loss under noise, for there is no clean pass.
+            None without closure.
+        """
+        loss = None
+        if closure is not None:
+            self._refuse_unless_at_rest("step(closure)")
+            with torch.enable_grad():
+                loss = self._run_draws(closure)
+        self._refuse_what_is_not_finite()
+        self._base_step()
+        self._refuse_what_is_not_finite()
+        return loss
+
+    def _base_scales(self) -> bool:
+        """GradScaler shall unscale before every step, also for a base that does it in passing: for the curvature."""
+        return False
+
+    def _run_draws(self, closure: Closure) -> Any:
+        draws = self._draws if self.active else 1
+        if draws == 1:
+            return self._run_perturbed(closure)
+        losses, total = [], dict[Tensor, Tensor]()
+        for _ in range(draws):
+            self.restore()  # but not after the last: the step may do that in passing
+            losses.append(self._run_perturbed(closure))
+            accumulate(total, self._take_grads())
+        with torch.no_grad():
+            for grad in total.values():
+                grad.div_(draws)
+        self._put_grads(total)
+        return _mean(losses)
+
+    def _take_step(self, counts: bool) -> None:
+        noise, groups = self._set, self._groups()
+        try:
+            noise.refuse_sparse(groups)
+        except BaseException:
+            self.restore()
+            raise
+        stepping = noise.stepping()
+        if counts and self._fused_step(stepping):
+            noise.learn_from_fused(stepping)
+        else:
+            self.restore()
+            self.base.step()
+            if counts:
+                noise.learn_from_gradients(groups)
+        if counts and callable(noise.settings.hessian) and self._estimate_is_due():
+            with torch.enable_grad():
+                learn_from_callable(noise, groups, noise.settings.hessian)
+
+    def _count_step(self) -> None:
+        self._set.steps += 1
+
+    # -- curvature and noise -----------------------------------------------------------------------------------------
+
+    def update_curvature(self, closure: Callable[[], Tensor]) -> bool:
+        """Average a new estimate of the curvature at the present weights, at every ``hessian_interval``-th step.
+
+        In a loop it can be called at every step, before or after the gradient::
+
+            opt.update_curvature(lambda: model(x))              # hessian="gnb": logits
+            opt.update_curvature(lambda: loss_fn(model(x), y))  # hessian="hutchinson": the loss
+
+        ``.grad`` is not touched. Under DistributedDataParallel, whose own hooks expect a backward pass, call the module
+        itself (``ddp.module(x)``), and give PerturbedOPT the process group as ``sync``.
+
+        Args:
+            closure: of "gnb": returns logits of shape (predictions, classes), whose softmax labels are drawn from; of
+                "hutchinson": the loss, of a model that can be differentiated twice. Not called where nothing is due.
+
+        Returns:
+            Whether an estimate was made.
+
+        Raises:
+            RuntimeError: ``hessian`` is another one, the weights are perturbed, or parameters are sharded.
+            TypeError: what ``closure`` returns is neither.
+        """
+        noise, groups = self._set, self._groups()
+        learners = {"gnb": learn_from_gnb, "hutchinson": learn_from_hutchinson}
+        learn = learners.get(noise.settings.hessian) if isinstance(noise.settings.hessian, str) else None
+        if learn is None:
+            raise RuntimeError(
+                f"update_curvature(): it is for hessian='gnb' and 'hutchinson', not {noise.settings.hessian!r}, which "
+                "step() looks after"
+            )
+        self._refuse_unless_at_rest("update_curvature()")
+        if not self._estimate_is_due() or not any(map(can_move, groups)):
+            return False
+        statistics = None if self._batch_norm is None else BatchNormBuffers(self._batch_norm.model)
+        if statistics is not None:
+            statistics.save()
+        try:
+            with torch.enable_grad():
+                learn(noise, groups, closure)
+        finally:
+            if statistics is not None:
+                statistics.restore()
+        self._refuse_what_is_not_finite()
+        return True
+
+    def _estimate_is_due(self) -> bool:
+        return self._set.steps % self._interval == 0 and self._set.estimated != self._set.steps
+
+    @property
+    def epoch(self) -> int:
+        """Epoch ``T`` of the schedule, counted from 1: set it, or call :meth:`next_epoch` after each."""
+        return self._set.epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        check_int("epoch", value, 1)
+        self._set.epoch = value
+
+    def next_epoch(self) -> None:
+        """Advance :attr:`epoch` by one."""
+        self._set.epoch += 1
+
+    @property
+    def noise_stats(self) -> NoiseStats | None:
+        """Mean size, share of capped weights and number of invalid sizes at the last ascent; None before.
+
+        With "curvature", a capped share near 1 says that the curvature no longer sizes the noise: it is
+        ``gamma |w| + eps`` almost everywhere."""
+        return self._set.stats()
+
+    def _refuse_what_is_not_finite(self, wait: bool = False) -> None:
+        if self._set.alarm.rung(wait):
+            self.restore()
+            raise RuntimeError(self._set.diagnosis(self._groups()))
+
+    # -- checkpoints, groups -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"base": the base's state_dict(), "noise": what the noise adds}``.
+
+        Raises:
+            RuntimeError: the weights are perturbed, or something is not finite (see the class).
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or the checkpoint of a bare optimizer: then the noise begins anew, with a
+        step that has none. Tensors go to the device of their parameters.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: it is no such checkpoint, or another model's; nothing has changed.
+        """
+        super().load_state_dict(state_dict)
+
+    def _params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.base.param_groups))
+
+    def _pack(self) -> dict[str, Any]:
+        self._refuse_what_is_not_finite(wait=True)
+        return Checkpoint(super()._pack(), self._set, self._params())
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
+        base, noise = split(state_dict)
+        if noise is not None:
+            check_noise(noise, self._params())
+        super()._unpack(base)
+        unpack_noise(self._set, self._params(), noise)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The base's ``add_param_group()``; the group may have its own ``popt_gamma``, ``popt_eps``, ``popt_scale``.
+        Its first step is without noise."""
+        if isinstance(param_group, dict):
+            for key in self._group_defaults:
+                check_size(key, param_group.get(key, 0.0))
+        super().add_param_group(param_group)
+
+
+def _check_groups(groups: Sequence[dict[str, Any]], keys: dict[str, Any]) -> None:
+    for index, group in enumerate(groups):
+        for key in keys:
+            check_size(f"param_groups[{index}]['{key}']", group.get(key, 0.0))
+
+
+def _mean(losses: list[Any]) -> Any:
+    if any(loss is None for loss in losses):
+        return None
+    if all(isinstance(loss, Tensor) for loss in losses):
+        return torch.stack([loss.detach() for loss in losses]).mean()
+    return sum(losses) / len(losses)
