@@ -1,0 +1,339 @@
+"""Estimates of the Hessian's diagonal and trace, and its products with vectors: public in :mod:`flatmin.curvature`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._labels import LabelSampler
+from ._measure import LossFn, Measurement, Part, check_tensors, gradient, second
+from ._options import check_int
+from ._probes import Estimate, Moments, Probed, Probes, ScalarEstimate, scalar_estimate
+
+__all__ = [
+    "Diagonal",
+    "check_diagonal",
+    "diagonal",
+    "exact_diag",
+    "gnb_diag",
+    "hutchinson_diag",
+    "hutchinson_trace",
+    "hvp",
+    "spatial_average",
+    "squared_gradient_diag",
+]
+
+#: ``diag(model, loss_fn, data, params=params)`` returns tensors like the parameters, or an :class:`Estimate`.
+Diagonal = Callable[..., Any]
+
+
+# ---- products with the Hessian ----
+
+
+def hvp(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    v: Sequence[Tensor],
+    *,
+    params: Iterable[Tensor] | None = None,
+    method: str = "autograd",
+    step: float | None = None,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Product ``H v`` of the Hessian of the mean loss and a vector.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        v: tensors like the parameters.
+        method: "autograd" differentiates twice. "finite_difference" takes ``(g(w + h v) - g(w - h v)) / (2 h)``: for
+            models with operators that cannot be differentiated twice, as fused attention. It costs two gradients, errs
+            by O(h^2), and sees the kinks of ReLU that lie within the step.
+        step: ``h`` > 0; default ``cbrt(eps) (1 + ||w||) / ||v||`` with the machine epsilon of the parameters' type.
+
+    Returns:
+        Tensors like the parameters.
+
+    Raises:
+        RuntimeError: an operator of the model cannot be differentiated twice.
+        TypeError, ValueError: an argument cannot be used; the message names it.
+    """
+    difference = _check_method(method, step)
+    with Measurement(model, loss_fn, data, params, "H v", 2 if difference else 1, progress) as m:
+        vectors = check_tensors("v", v, m.params)
+        if not difference:
+            return m.hvp(vectors)
+        length = m.norm(vectors)
+        if length == 0.0:
+            return m.zeros()
+        h = step or m.step_size(length)
+
+        def plus(part: Part, backup: Tensor) -> None:
+            one = torch.ones((), dtype=torch.float64, device=part.device)
+            ops.sam_ascend_(part.of(m.params), part.of(vectors), backup, one, h, eps=0.0)
+
+        def minus(part: Part, backup: Tensor) -> None:  # a step of SGD along v: an ascent has no negative radius
+            ops.restore_sgd_(part.of(m.params), part.of(vectors), (), backup, h)
+
+        return m.difference(plus, minus, h)
+
+
+def hutchinson_diag(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    samples: int = 100,
+    method: str = "autograd",
+    law: str = "rademacher",
+    step: float | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Estimate:
+    """Diagonal of the Hessian as the mean of ``v o (H v)`` over random ``v`` (Bekas et al. 2007).
+
+    Unbiased. The variance of one sample is ``sum_{j != i} H_ij^2`` with Rademacher probes and ``2 H_ii^2`` more with
+    normal ones. The number of samples is the one asked for: stopping once the estimate seems to settle would bias it.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        samples: number of probes >= 1; each is one :func:`hvp` over all of the data.
+        method, step: as in :func:`hvp`. Finite differences hold no probe in memory during a pass.
+        law: "rademacher" or "normal".
+        seed: of the probes.
+
+    Returns:
+        ``(value, stderr, samples)``.
+    """
+    difference = _check_sampling(samples, law, method, step)
+    with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
+        probes, moments = Probes(m, law, difference, step, seed), Moments(m)
+        for draw in range(samples):
+            moments.add(probes[draw])
+        return moments.estimate()
+
+
+def hutchinson_trace(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    samples: int = 100,
+    method: str = "autograd",
+    law: str = "rademacher",
+    step: float | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ScalarEstimate:
+    """Trace of the Hessian as the mean of ``<v, H v>`` over random ``v`` (Hutchinson 1990).
+
+    Arguments as of :func:`hutchinson_diag`, and the same probes. The variance of one sample is ``2 sum_{i != j}
+    H_ij^2`` with Rademacher probes.
+
+    Returns:
+        ``(value, stderr, samples)``, floats.
+    """
+    difference = _check_sampling(samples, law, method, step)
+    with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
+        probes, products = Probes(m, law, difference, step, seed), m.zeros()
+        sums: list[Tensor] = []
+        for draw in range(samples):
+            probed = probes[draw]
+            for part, key in zip(m.parts, probed.keys, strict=True):
+                local = part.of(products)
+                ops.curvature_(local, part.of(probed.x), decay=0.0, source=probed.source, key=key)
+                wide = torch.float32 if part.device.type == "mps" else torch.float64
+                sums.append(torch.stack([t.sum(dtype=wide) for t in local]).sum())
+            del probed
+        numbers = [float(s) for s in sums]  # read at the end only: no probe waits for the host
+        width = len(m.parts)
+        return scalar_estimate([math.fsum(numbers[i : i + width]) for i in range(0, len(numbers), width)])
+
+
+# ---- other diagonals ----
+
+
+def squared_gradient_diag(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Mean over the batches of the squared gradient of the batch: what Adam averages, and the paper of PACGen.
+
+    With batches of one sample it is the diagonal of the empirical Fisher matrix. With batches of B it is ``g^2 +
+    Var(g_1) / B`` on average, g the gradient over all data and g_1 that of one sample: it depends on the batch size,
+    and it vanishes where every sample is fitted, whatever the curvature. One pass.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+    """
+    with Measurement(model, loss_fn, data, params, "squared gradients", 1, progress) as m:
+        return m.mean_square(lambda inputs, targets: (m.batch_gradient(inputs, targets), 1.0))
+
+
+def gnb_diag(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Estimate:
+    """Diagonal of the Gauss-Newton matrix of the cross-entropy, after Gauss, Newton and Bartlett.
+
+    The mean over the batches of ``B g^2``, with g the gradient of the batch's mean cross-entropy for labels drawn from
+    the model's own softmax, and B the number of labels in the batch (Liu et al. 2023, arXiv 2305.14342, Algorithm 2).
+    Unbiased and never negative; the Hessian's terms with second derivatives of the logits are left out.
+
+    Args:
+        model: returns logits, or log-probabilities, of shape (N, C) or, with a target per position, (N, C, ...) or
+            (N, ..., C).
+        loss_fn: not evaluated: the Gauss-Newton matrix of the cross-entropy does not depend on the labels, smoothed or
+            not.
+        data: targets are class indices (-100 is ignored) or probabilities like the logits.
+        params, progress: see :mod:`flatmin.curvature`.
+        samples: how often labels are drawn for all of the data, >= 1; one pass each.
+        seed: of the labels.
+
+    Returns:
+        ``(value, stderr, samples)``; the standard error is that over the draws of labels.
+    """
+    check_int("samples", samples, 1)
+    with Measurement(model, loss_fn, data, params, "Gauss-Newton-Bartlett", samples, progress) as m:
+        labels, moments = LabelSampler(seed), Moments(m)
+
+        def term(inputs: Any, targets: Any) -> tuple[list[Tensor | None], float]:
+            loss, count = labels.cross_entropy(m.model(inputs), targets)
+            return gradient(loss, m.params), float(count)
+
+        for _ in range(samples):
+            moments.add(Probed.plain(m.mean_square(term), m))
+        return moments.estimate()
+
+
+def exact_diag(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    limit: int = 20_000,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Diagonal of the Hessian, element by element: a double backward pass per parameter and batch.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        limit: ``ValueError`` for more parameters than this.
+    """
+    with Measurement(model, loss_fn, data, params, "exact diagonal", 1, progress) as m:
+        total = sum(p.numel() for p in m.params)
+        if total > limit:
+            raise ValueError(
+                f"limit: {total} parameters are more than {limit}, and each costs a double backward pass; use "
+                "hutchinson_diag, fewer params, or a higher limit"
+            )
+
+        def term(inputs: Any, targets: Any) -> list[Tensor | None]:
+            grads = gradient(m.loss(inputs, targets), m.params, create_graph=True)
+            return [_diagonal_block(g, p) for g, p in zip(grads, m.params, strict=True)]
+
+        return m.mean(term)
+
+
+def _diagonal_block(g: Tensor | None, p: Tensor) -> Tensor | None:
+    """Derivative of each element of a gradient by its own parameter."""
+    if g is None or not g.requires_grad:
+        return None
+    diagonal = torch.zeros(p.numel(), dtype=g.dtype, device=g.device)
+    for i in range(p.numel()):
+        basis = torch.zeros(p.numel(), dtype=g.dtype, device=g.device)
+        basis[i] = 1.0
+        row = second([g], [p], [basis.view(p.shape)], retain_graph=True)[0]
+        if row is not None:
+            diagonal[i] = row.reshape(-1)[i]
+    return diagonal.view(p.shape)
+
+
+@torch.no_grad()
+def spatial_average(diag: Sequence[Tensor]) -> list[Tensor]:
+    """``|d|``, averaged over the kernel of convolutions: the dimensions 2 and 3 of tensors with four.
+
+    AdaHessian's smoothing of a diagonal (Yao et al. 2020, arXiv 2006.00719). Shapes are kept.
+    """
+    return [d.abs().mean((2, 3), keepdim=True).expand_as(d).clone() if d.dim() == 4 else d.abs() for d in diag]
+
+
+# ---- diagonals by name ----
+
+_DIAGONALS: dict[str, Diagonal] = {
+    "hutchinson": hutchinson_diag,
+    "gnb": gnb_diag,
+    "squared_gradient": squared_gradient_diag,
+    "exact": exact_diag,
+}
+
+
+def check_diagonal(name: str, kind: Any) -> None:
+    """``ValueError`` unless ``kind`` names a diagonal of this module or can be called."""
+    if not callable(kind) and kind not in _DIAGONALS:
+        raise ValueError(f"{name}: {kind!r} is none of {', '.join(map(repr, _DIAGONALS))} and no function")
+
+
+def diagonal(
+    kind: str | Diagonal,
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    params: Sequence[Tensor],
+    *,
+    samples: int,
+    method: str,
+    seed: int,
+    progress: bool | None,
+) -> Estimate:
+    """The diagonal by name, or a copy of what a function ``kind(model, loss_fn, data, params=params)`` returns; without
+    standard error (``stderr`` empty) where nothing is random or known."""
+    if callable(kind):
+        result = kind(model, loss_fn, data, params=params)
+        found = result if isinstance(result, Estimate) else Estimate(result, [], 0)
+        value = check_tensors("curvature: what it returned", found.value, params)
+        return found._replace(value=[t.clone() for t in value])
+    options: dict[str, Any] = {"params": params, "progress": progress}
+    if kind in ("hutchinson", "gnb"):
+        options |= {"samples": samples, "seed": seed}
+    if kind == "hutchinson":
+        options["method"] = method
+    result = _DIAGONALS[kind](model, loss_fn, data, **options)
+    return result if isinstance(result, Estimate) else Estimate(result, [], 0)
+
+
+# ---- checks ----
+
+
+def _check_method(method: str, step: float | None) -> bool:
+    """Whether ``method`` is that of finite differences."""
+    if method not in ("autograd", "finite_difference"):
+        raise ValueError(f"method: {method!r} is none of 'autograd', 'finite_difference'")
+    if step is not None and not 0.0 < step < math.inf:
+        raise ValueError(f"step: {step} given; give a finite float > 0, or None for the default")
+    return method == "finite_difference"
+
+
+def _check_sampling(samples: int, law: str, method: str, step: float | None) -> bool:
+    check_int("samples", samples, 1)
+    if law not in ("rademacher", "normal"):
+        raise ValueError(f"law: {law!r} is none of 'rademacher', 'normal'")
+    return _check_method(method, step)

@@ -1,0 +1,196 @@
+"""What happens in the neighbourhood of the weights: how fast the Hessian changes, how much the loss rises under noise.
+Public in :mod:`flatmin.curvature`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._diagonals import Diagonal, check_diagonal, diagonal
+from ._measure import LossFn, Measurement, Part, check_tensors, names_of, refuse_not_finite
+from ._options import check_int
+from ._probes import ScalarEstimate, scalar_estimate
+
+__all__ = ["check_lipschitz", "check_neighbourhood", "expected_sharpness", "lipschitz", "rises"]
+
+#: What random numbers are for: each has its own stream. 0 is that of the probes.
+_MOVES, _NOISE = 1, 2
+
+
+# ---- how fast the Hessian changes ----
+
+
+def lipschitz(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    gamma: float = 0.1,
+    eps: float = 0.1,
+    mode: str = "max",
+    quantile: float = 0.99,
+    diag: str | Diagonal = "hutchinson",
+    at_weights: Sequence[Tensor] | None = None,
+    samples: int = 1,
+    probes: int = 100,
+    method: str = "autograd",
+    law: str = "rademacher",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> float | list[Tensor]:
+    """Hessian-Lipschitz constant from difference quotients ``|H_ii(w + u) - H_ii(w)| / |u_i|``.
+
+    ``u`` is random within the neighbourhood of PACGen, ``|u_i| <= N_i = gamma |w_i| + eps`` (Wang et al. 2018, arXiv
+    1809.07402; how its authors estimated the constant is not published, so this is our own definition). Weights that
+    rounding, or N_i = 0, keeps in place have no quotient.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        gamma, eps: >= 0, not both 0.
+        mode: "max", the largest quotient; "quantile", that quantile of all of them; "element", each element's own.
+        quantile: in (0, 1].
+        diag: how the diagonals are estimated: "hutchinson", "gnb", "squared_gradient", "exact", or a function
+            ``diag(model, loss_fn, data, params=params)`` that returns tensors. Both ends of a quotient use the same
+            random numbers; still, the error of a random diagonal goes into the largest quotient.
+        at_weights: the diagonal at w, if it is known; by the same estimator and seed.
+        samples: number of perturbed models >= 1; the largest quotient of each element counts.
+        probes: ``samples`` of the diagonal, for "hutchinson" and "gnb".
+        method: of the Hessian-vector products, as in :func:`hvp`.
+        law: "rademacher" goes to ``u_i = +-N_i``. "uniform" goes anywhere between: as H_ii changes with all of u, the
+            quotients are then largest where ``u_i`` happens to be small, and among m weights one moves by N / m or so.
+        seed: of the perturbation and of the diagonals.
+
+    Returns:
+        A float, or tensors like the parameters for "element".
+
+    Raises:
+        ValueError: a diagonal is not finite, or an argument cannot be used; the message names it.
+    """
+    check_lipschitz(mode, quantile)
+    check_diagonal("diag", diag)
+    check_int("samples", samples, 1)
+    if law not in ("rademacher", "uniform"):
+        raise ValueError(f"law: {law!r} is none of 'rademacher', 'uniform'")
+    check_neighbourhood(gamma, eps)
+    with Measurement(model, loss_fn, data, params, "", progress=False) as m:
+        names = names_of(model, m.params)
+
+        def estimate() -> list[Tensor]:
+            m.rewind()  # for a function that draws from torch's generators
+            options: dict[str, Any] = {"samples": probes, "method": method, "seed": seed, "progress": progress}
+            return diagonal(diag, model, loss_fn, data, m.params, **options).value
+
+        here = estimate() if at_weights is None else check_tensors("at_weights", at_weights, m.params)
+        refuse_not_finite("curvature", here, names)
+        largest, quotients = 0.0, None if mode == "max" else [torch.full_like(h, -1.0) for h in here]
+        for draw in range(samples):
+
+            def move(part: Part, backup: Tensor, draw: int = draw) -> None:
+                key = part.key(seed, draw, _MOVES)
+                ops.scaled_noise_(part.of(m.params), backup, key, law=law, gamma=gamma, eps=eps)
+
+            with m.moved(move):
+                there = estimate()
+                refuse_not_finite("curvature at the perturbed weights", there, names)
+                found = [] if quotients is None else [torch.full_like(h, -1.0) for h in here]
+                for part, backup in zip(m.parts, m.backups, strict=True):
+                    steps: dict[str, Any] = {"params": part.of(m.params), "backup": backup}
+                    per_element = part.of(found) if found else []
+                    top = ops.curvature_(
+                        part.of(there), part.of(here), decay=0.0, source="plain", lipschitz=per_element, **steps
+                    )
+                    largest = max(largest, float(top))
+            for q, new in zip(quotients or [], found, strict=True):
+                torch.maximum(q, new, out=q)
+    if quotients is None:
+        return largest
+    return [q.clamp_(min=0.0) for q in quotients] if mode == "element" else _quantile(quotients, quantile)
+
+
+def _quantile(quotients: Sequence[Tensor], q: float) -> float:
+    """The smallest of the quotients that at least the share ``q`` of them does not exceed; -1 marks none."""
+    device = quotients[0].device
+    pool = torch.cat([ops.on_device(t, device).flatten() for t in quotients])
+    pool = pool[pool >= 0.0]
+    return float(pool.kthvalue(math.ceil(q * pool.numel())).values) if pool.numel() else 0.0
+
+
+# ---- the loss around a point ----
+
+
+def expected_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None = None,
+    scale: float,
+    law: str = "normal",
+    gamma: float = 0.0,
+    eps: float = 1.0,
+    curvatures: Sequence[Tensor] | None = None,
+    lipschitz: float | Sequence[Tensor] = 0.0,
+    samples: int = 20,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ScalarEstimate:
+    """Expected rise of the loss under random noise on the weights, ``E_u L(w + u) - L(w)``.
+
+    ``scale=0.01`` alone is isotropic normal noise of that size (Neyshabur et al. 2017, arXiv 1706.08947).
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        scale, law, gamma, eps, curvatures, lipschitz: the noise, as in :func:`flatmin.ops.scaled_noise_`.
+        samples: number of draws >= 1; each is one forward pass over the data.
+        seed: of the noise.
+
+    Returns:
+        ``(value, stderr, samples)``, in units of the loss.
+    """
+    check_int("samples", samples, 1)
+    check_neighbourhood(gamma, eps)
+    with Measurement(model, loss_fn, data, params, "expected sharpness", samples + 1, progress) as m:
+        noise: dict[str, Any] = {"law": law, "scale": scale, "gamma": gamma, "eps": eps, "lipschitz": lipschitz}
+        if curvatures is not None:
+            noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)
+        if not isinstance(lipschitz, float | int):
+            noise["lipschitz"] = check_tensors("lipschitz", lipschitz, m.params)
+        return rises(m, float(m.mean_loss()), samples, seed, noise)
+
+
+def rises(m: Measurement, clean: float, samples: int, seed: int, noise: dict[str, Any]) -> ScalarEstimate:
+    """The loss under ``samples`` draws of the noise, less the ``clean`` one."""
+    found = []
+    for draw in range(samples):
+
+        def move(part: Part, backup: Tensor, draw: int = draw) -> None:
+            here: dict[str, Any] = {name: part.of(x) if isinstance(x, list) else x for name, x in noise.items()}
+            ops.scaled_noise_(part.of(m.params), backup, part.key(seed, draw, _NOISE), **here)
+
+        with m.moved(move):
+            found.append(float(m.mean_loss()) - clean)
+    return scalar_estimate(found)
+
+
+# ---- checks ----
+
+
+def check_neighbourhood(gamma: float, eps: float) -> None:
+    for name, value in (("gamma", gamma), ("eps", eps)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}: {value} given; give a finite float >= 0")
+    if gamma == 0.0 and eps == 0.0:
+        raise ValueError("gamma and eps: both 0, which leaves no neighbourhood to move in")
+
+
+def check_lipschitz(mode: str, quantile: float, name: str = "mode") -> None:
+    if mode not in ("max", "quantile", "element"):
+        raise ValueError(f"{name}: {mode!r} is none of 'max', 'quantile', 'element'")
+    if not 0.0 < quantile <= 1.0:
+        raise ValueError(f"quantile: {quantile} given; give a float in (0, 1]")

@@ -1,0 +1,137 @@
+"""Hessian products with random vectors, and the mean and standard error of what comes of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._measure import Measurement, Part
+
+__all__ = ["Estimate", "Moments", "Probed", "Probes", "ScalarEstimate", "scalar_estimate"]
+
+
+class Estimate(NamedTuple):
+    """A mean over random samples, for each element of the parameters.
+
+    Attributes:
+        value: tensors like the parameters.
+        stderr: standard error of ``value`` over the samples, tensors like it; NaN from one sample. It does not include
+            that the data are themselves a sample.
+        samples: how many.
+    """
+
+    value: list[Tensor]
+    stderr: list[Tensor]
+    samples: int
+
+
+class ScalarEstimate(NamedTuple):
+    """A mean over random samples, its standard error (NaN from one sample), and how many samples."""
+
+    value: float
+    stderr: float
+    samples: int
+
+
+def scalar_estimate(values: Sequence[float]) -> ScalarEstimate:
+    """Mean and standard error of independent values."""
+    n = len(values)
+    if not all(map(math.isfinite, values)):
+        return ScalarEstimate(sum(values) / n, math.nan, n)
+    spread = statistics.stdev(values) if n > 1 else math.nan
+    return ScalarEstimate(math.fsum(values) / n, spread / math.sqrt(n), n)
+
+
+class Probed(NamedTuple):
+    """What :func:`flatmin.ops.curvature_` averages: ``x`` if ``source`` is "plain"; if it is "probed", ``v o x`` with
+    the Rademacher vectors ``v`` of ``keys``, one key for each part."""
+
+    x: list[Tensor]
+    source: str
+    keys: Sequence[Tensor | None]
+
+    @classmethod
+    def plain(cls, x: list[Tensor], m: Measurement) -> Probed:
+        return cls(x, "plain", [None] * len(m.parts))
+
+
+class Probes:
+    """Random vectors ``v``, made from their keys wherever they are needed, and their ``v o (H v)``.
+
+    Args:
+        m: the measurement.
+        law: "rademacher" or "normal".
+        difference: take ``H v`` by finite differences. Then no vector is in memory during a pass over the data.
+        step: of the differences, None for :meth:`Measurement.step_size` at the expected ``||v||``.
+        seed: of the vectors.
+    """
+
+    def __init__(self, m: Measurement, law: str, difference: bool, step: float | None, seed: int) -> None:
+        self.m, self.law, self.seed = m, law, seed
+        self.vectors = None if difference else m.zeros()
+        if difference:
+            self.step = step or m.step_size(math.sqrt(sum(p.numel() for p in m.params)))
+
+    def __getitem__(self, draw: int) -> Probed:
+        keys = [part.key(self.seed, draw) for part in self.m.parts]
+        if self.vectors is None:
+            x = self._difference(keys)
+        else:
+            for part, key in zip(self.m.parts, keys, strict=True):
+                ops.probe_(part.of(self.vectors), key, law=self.law)
+            x = self.m.hvp(self.vectors)
+        if self.law == "rademacher":
+            return Probed(x, "probed", keys)
+        for part, key in zip(self.m.parts, keys, strict=True):
+            for t, v in zip(part.of(x), self._vectors(part, key), strict=True):
+                t.mul_(v)
+        return Probed.plain(x, self.m)
+
+    def _vectors(self, part: Part, key: Tensor) -> list[Tensor]:
+        """In float32 at least: what noise adds to 16-bit weights is rounded with the sum, not before."""
+        like = part.of(self.m.params)
+        v = [torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in like]
+        ops.probe_(v, key, law=self.law)
+        return v
+
+    def _difference(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        m = self.m
+
+        def move(scale: float, part: Part, backup: Tensor) -> None:
+            ops.scaled_noise_(part.of(m.params), backup, keys[part.stream], law=self.law, eps=1.0, scale=scale)
+
+        return m.difference(partial(move, self.step), partial(move, -self.step), self.step)
+
+
+class Moments:
+    """Running mean and variance of ``v o x``, each sample's distance taken from the mean so far (Welford 1962): no
+    cancellation, however small the variance."""
+
+    def __init__(self, m: Measurement) -> None:
+        self.m = m
+        self.count = 0
+        self.mean, self.variance, self.delta = m.zeros(), m.zeros(), m.zeros()
+
+    def add(self, probed: Probed) -> None:
+        self.count += 1
+        decay = 1.0 - 1.0 / self.count
+        for part, key in zip(self.m.parts, probed.keys, strict=True):
+            x, mean, delta = part.of(probed.x), part.of(self.mean), part.of(self.delta)
+            feed: dict[str, Any] = {"source": probed.source, "key": key}
+            for d, mu in zip(delta, mean, strict=True):
+                d.copy_(mu)
+            ops.curvature_(delta, x, decay=0.5, source_scale=-1.0, **feed)  # half the distance
+            ops.curvature_(part.of(self.variance), delta, decay=decay, source_scale=4.0 * decay)
+            ops.curvature_(mean, x, decay=decay, **feed)
+
+    def estimate(self) -> Estimate:
+        for t in self.variance:
+            t.div_(self.count - 1).sqrt_()
+        return Estimate(self.mean, self.variance, self.count)

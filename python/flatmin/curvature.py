@@ -1,0 +1,49 @@
+"""How curved the loss is: estimates of the Hessian's diagonal, of its trace and of how fast it changes.
+
+Every function takes a model, a loss, data and optionally some of the parameters::
+
+    diag, stderr, _ = curvature.hutchinson_diag(model, torch.nn.functional.cross_entropy, loader, samples=100)
+
+* ``model`` is called as ``model(inputs)``, in the mode in which it is: call ``model.eval()`` first to measure without
+  dropout and with BatchNorm's running statistics. In training mode every pass draws the same dropout masks.
+* ``loss_fn(model(inputs), targets)`` is the mean loss of a batch, as a torch criterion returns it.
+* ``data`` is a DataLoader, a list of batches ``(inputs, targets)``, or one such pair. What is measured is the mean loss
+  over all of it; a batch counts ``len(targets)`` times, so a ragged last batch has its due weight. Batches are moved to
+  the model's device.
+* ``params`` is the list of tensors to differentiate by, None for all that require gradients. A parameter that the loss
+  does not use has derivative 0.
+
+Weights, ``.grad``, ``requires_grad``, buffers, mode and torch's random numbers are afterwards what they were, bit for
+bit, also after an exception. Random estimates are functions of ``seed`` alone. No graph outlives its batch: the memory
+is that of one double backward pass (of one backward pass with finite differences) and a few copies of the parameters.
+``progress`` True or False shows or hides a progress bar (tqdm, if installed); None shows it in a terminal after two
+seconds.
+
+Results are float32, or float64 for float64 parameters.
+"""
+
+from ._diagonals import (
+    exact_diag,
+    gnb_diag,
+    hutchinson_diag,
+    hutchinson_trace,
+    hvp,
+    spatial_average,
+    squared_gradient_diag,
+)
+from ._neighbourhood import expected_sharpness, lipschitz
+from ._probes import Estimate, ScalarEstimate
+
+__all__ = [
+    "Estimate",
+    "ScalarEstimate",
+    "exact_diag",
+    "expected_sharpness",
+    "gnb_diag",
+    "hutchinson_diag",
+    "hutchinson_trace",
+    "hvp",
+    "lipschitz",
+    "spatial_average",
+    "squared_gradient_diag",
+]
