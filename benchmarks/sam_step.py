@@ -27,17 +27,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
-import platform
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +39,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 import gpu
 from rows import (
@@ -63,10 +56,17 @@ from rows import (
     limit_steps,
 )
 from shapes import SHAPE_SETS, Shape
+from timing import (
+    environment,
+    interleaved,
+    milliseconds,
+    print_environment,
+    print_targets,
+    settled_milliseconds,
+    target,
+)
 
 STREAMS, ITEMSIZE = 10, 4
-SETTLE_SECONDS = 0.01  # an OpenMP thread without work spins for 5 to 7 ms before it sleeps (measured, GNU OpenMP)
-BUSY_LOAD = 0.5  # runnable processes, mean of the last minute: above it the medians are not to be quoted
 WARM_UP_STEPS = 2  # the first makes the momentum buffers, the second runs as all later ones do
 
 # Shape set -> the rows that flatmin is held against -> (times as fast as the fastest of them, at least; goal).
@@ -98,41 +98,6 @@ def check_agreement(weights: dict[str, list[Tensor]]) -> None:
         for p, expected in zip(params, weights[TEXTBOOK], strict=True):
             if not torch.allclose(p, expected, rtol=1e-5, atol=1e-6):
                 raise RuntimeError(f"{name} and {TEXTBOOK} disagree on the weights of shape {tuple(p.shape)}")
-
-
-def milliseconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e3
-
-
-def settled_milliseconds(step: Step) -> float:
-    """After untimed runs. They wake the row's own OpenMP threads, which a backward keeps awake in training, and let
-    those of the row before go to sleep: torch's OpenMP runtime is another than that of limits.c and torch.compile.
-    """
-    until = time.perf_counter() + SETTLE_SECONDS
-    step()
-    while time.perf_counter() < until:
-        step()
-    return milliseconds(step)
-
-
-def interleaved(
-    steps: dict[str, Step], rounds: int, label: str, timed: Callable[[Step], float]
-) -> dict[str, list[float]]:
-    """Times in ms by row, one per round, in an order that is shuffled: a row can gain or lose by the one before."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffled = list(steps), random.Random(0)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in tqdm(range(rounds), desc=label, unit="round"):
-            shuffled.shuffle(order)
-            for name in order:
-                times[name].append(timed(steps[name]))
-    finally:
-        gc.enable()
-    return times
 
 
 def _allocations(trace: Path) -> Iterator[tuple[int, int]]:
@@ -250,21 +215,17 @@ def _targets(name: str, times: dict[str, list[float]], extra: dict[str, float]) 
         if present:
             best = min(present, key=median.__getitem__)
             speed = median[best] / median[FLATMIN]
-            yield _target(f"times as fast as {best}", speed, required, speed >= required, goal)
+            yield target(f"times as fast as {best}", speed, required, speed >= required, goal)
     limits = [median[row] for row in LIMITS if row in median]
     if limits and name in LIMIT_TARGETS:
         over = median[FLATMIN] / min(limits)
-        yield _target("time over the limit", over, LIMIT_TARGETS[name], over <= LIMIT_TARGETS[name])
+        yield target("time over the limit", over, LIMIT_TARGETS[name], over <= LIMIT_TARGETS[name])
     if name == "overhead":
         spent = median[FLATMIN]
-        yield _target("ms for a step of 1-element tensors", spent, OVERHEAD_TARGET_MS, spent <= OVERHEAD_TARGET_MS)
+        yield target("ms for a step of 1-element tensors", spent, OVERHEAD_TARGET_MS, spent <= OVERHEAD_TARGET_MS)
     else:
         copies = extra[FLATMIN]
-        yield _target("extra copies of the parameters", copies, EXTRA_COPIES_TARGET, copies <= EXTRA_COPIES_TARGET)
-
-
-def _target(what: str, measured: float, required: float, met: bool, goal: float | None = None) -> dict[str, Any]:
-    return {"what": what, "measured": measured, "required": required, "goal": goal or required, "met": met}
+        yield target("extra copies of the parameters", copies, EXTRA_COPIES_TARGET, copies <= EXTRA_COPIES_TARGET)
 
 
 def print_report(name: str, result: dict[str, Any]) -> None:
@@ -281,29 +242,7 @@ def print_report(name: str, result: dict[str, Any]) -> None:
         print(f"  {FLATMIN} moves its {STREAMS} streams at {share:.0%} of the bandwidth of a copy")
     if result["compile_seconds"] is not None:
         print(f"  torch.compile took {result['compile_seconds']:.0f} s, not in its row")
-    for target in result["targets"]:
-        verdict = "met" if target["met"] else "NOT met"
-        print(f"  {target['what']}: {target['measured']:.2f} (required {target['required']:.2f}): {verdict}")
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment(threads: int, rounds: int) -> dict[str, Any]:
-    has_peer = importlib.util.find_spec("pytorch_optimizer") is not None
-    return {
-        "cpu": cpu_model(),
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 2),
-        "rounds": rounds,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "pytorch_optimizer": importlib.metadata.version("pytorch-optimizer") if has_peer else None,
-    }
+    print_targets(result["targets"])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -332,9 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "shapes": {}}
     if args.device == "cuda":
         report["environment"] |= gpu.environment()
-    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
-    if report["environment"]["load"] > BUSY_LOAD:
-        print("note: this machine is busy (load); repeat on an idle one before quoting a number")
+    print_environment(report["environment"])
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
         on_gpu = args.device == "cuda"
