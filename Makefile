@@ -33,7 +33,7 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.torch
-	$(BIN)/pip install --quiet pytest hypothesis cmake ninja torch-abi-audit \
+	$(BIN)/pip install --quiet pytest hypothesis scipy pillow cmake ninja torch-abi-audit \
 	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 

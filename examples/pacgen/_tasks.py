@@ -1,0 +1,264 @@
+"""What the experiments train on: MNIST and CIFAR-10, and the network of the PyTorch example as of July 2018.
+
+MNIST is read by examples/mnist.py. CIFAR-10 is read from an archive or a folder of images sorted into
+``train/<class>/`` and ``test/<class>/``, or from torchvision's own files. Decoded images are kept in a cache, since
+12,000 JPEG files take five seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _load_mnist_example() -> ModuleType:
+    """examples/mnist.py as a module, whatever the working directory and whatever else is called mnist."""
+    name = "flatmin_examples_mnist"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "mnist.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+mnist = _load_mnist_example()
+UsageError = mnist.UsageError
+
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Mean and standard deviation of the training pixels, scaled to [0, 1], of each channel.
+MOMENTS = {
+    "mnist": ((mnist.MEAN,), (mnist.STD,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+
+
+class Images(NamedTuple):
+    """Images uint8 [N, channels, height, width], and their labels int64 [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def part(self, start: int, count: int) -> Images:
+        """``count`` images from ``start`` on."""
+        if start + count > len(self.labels):
+            raise UsageError(f"{start + count} images asked for, but the data holds {len(self.labels)}; ask for fewer")
+        return Images(self.pixels[start : start + count], self.labels[start : start + count])
+
+
+class Batches:
+    """Normalised batches ``(x, y)`` of images that lie on the device as bytes.
+
+    With ``order`` (a permutation) they come in that order, else in the order of the data.
+    """
+
+    def __init__(self, task: str, images: Images, size: int, order: Tensor | None = None) -> None:
+        self.images, self.size, self.order = images, size, order
+        shape = (1, -1, 1, 1)
+        self._mean, self._std = (torch.tensor(m, device=images.pixels.device).view(shape) for m in MOMENTS[task])
+
+    def __len__(self) -> int:
+        return -(-len(self.images.labels) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.images.labels)) if self.order is None else self.order
+        for index in order.to(self.images.labels.device).split(self.size):
+            yield (self.images.pixels[index] / 255 - self._mean) / self._std, self.images.labels[index]
+
+
+class Net(nn.Module):
+    """The network of pytorch/examples' MNIST as of July 2018, the time of the paper: two convolutions, two linear
+    layers. 21,840 parameters for MNIST; CIFAR-10's three channels of 32x32 make 31,340.
+
+    The example drops half of the units after the second convolution and after the first linear layer; ``dropout``
+    says how many, and is 0 by default: the paper's sweeps do not seem to use it.
+    """
+
+    def __init__(self, task: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        channels, features = {"mnist": (1, 320), "cifar10": (3, 500)}[task]
+        self.conv1 = nn.Conv2d(channels, 10, 5)
+        self.conv2 = nn.Conv2d(10, 20, 5)
+        self.drop2d, self.drop = nn.Dropout2d(dropout), nn.Dropout(dropout)
+        self.fc1 = nn.Linear(features, 50)
+        self.fc2 = nn.Linear(50, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-probabilities [N, 10] of normalised images."""
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.drop2d(self.conv2(x)), 2)).flatten(1)
+        return F.log_softmax(self.fc2(self.drop(F.relu(self.fc1(x)))), dim=1)
+
+
+def shuffled(images: Images, seed: int) -> Images:
+    """The same images in an order that depends on ``seed``: archives and folders are sorted by class."""
+    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
+    return Images(images.pixels[order], images.labels[order])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Mean loss in nats, and accuracy in percent, without dropout."""
+    model.eval()
+    loss, correct, seen = 0.0, 0, 0
+    for x, y in batches:
+        output = model(x)
+        loss += F.nll_loss(output, y, reduction="sum").item()
+        correct += int((output.argmax(dim=1) == y).sum())
+        seen += len(y)
+    return loss / seen, 100.0 * correct / seen
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    watch: Callable[[], None] = lambda: None,
+) -> float:
+    """One pass; under the noise of the optimizer, if it is a :class:`flatmin.PerturbedOPT`. Mean loss of the batches.
+
+    One gradient for each batch either way. ``watch`` is called after every step.
+    """
+    model.train()
+    perturb = getattr(optimizer, "perturb", contextlib.nullcontext)
+    total, seen = torch.zeros((), dtype=torch.float64), 0
+    for x, y in batches:
+        optimizer.zero_grad()
+        with perturb():
+            loss = F.nll_loss(model(x), y)
+            loss.backward()
+        optimizer.step()
+        watch()
+        total += loss.detach().double().cpu() * len(y)
+        seen += len(y)
+    return float(total) / seen
+
+
+# ---- reading ----
+
+
+def load(task: str, source: Path | None, cache: Path) -> tuple[Images, Images]:
+    """Training and test images of "mnist" or "cifar10".
+
+    Args:
+        source: MNIST's folder of .gz files; CIFAR-10's archive, or folder of images or of torchvision's files. None
+            lets torchvision download to ``./data``.
+        cache: folder for decoded images; made if it is missing.
+    """
+    if task == "mnist":
+        return _load_mnist(source)
+    if source is None or (source / "cifar-10-batches-py").is_dir():
+        return _from_torchvision(source)
+    if not source.exists():
+        raise UsageError(f"--cifar10 {source}: no such file or folder; give the archive, or leave it out to download")
+    stamp = [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns]
+    kept = cache / "cifar10.pt"
+    if kept.is_file():
+        found = torch.load(kept, weights_only=True)
+        if found["stamp"] == stamp:
+            return Images(*found["train"]), Images(*found["test"])
+    train, test = _read_images(source)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    torch.save({"stamp": stamp, "train": tuple(train), "test": tuple(test)}, partial)
+    partial.replace(kept)
+    return train, test
+
+
+@lru_cache(maxsize=2)
+def shuffled_images(task: str, source: str, cache: str, device: str, seed: int) -> tuple[Images, Images]:
+    """:func:`load` in random order on a device, once in each process. ``source`` may be empty, for None."""
+    parts = load(task, Path(source) if source else None, Path(cache))
+    train, test = (shuffled(part, seed) for part in parts)
+    return Images(*(t.to(device) for t in train)), Images(*(t.to(device) for t in test))
+
+
+def _load_mnist(folder: Path | None) -> tuple[Images, Images]:
+    if folder is not None and (folder / "MNIST" / "raw").is_dir():  # where torchvision puts the same files
+        folder = folder / "MNIST" / "raw"
+    parts = (
+        mnist.download(train) if folder is None else mnist.read_folder(folder, names)
+        for train, names in ((True, mnist.TRAIN_FILES), (False, mnist.TEST_FILES))
+    )
+    train, test = (Images(pixels.unsqueeze(1), labels) for pixels, labels in parts)
+    return train, test
+
+
+def _from_torchvision(folder: Path | None) -> tuple[Images, Images]:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"torchvision, which reads its CIFAR-10, cannot be imported ({error}); install it (pip install "
+            "torchvision), or give an archive or a folder of images: --cifar10 PATH"
+        ) from error
+    try:
+        parts = [datasets.CIFAR10(str(folder or "./data"), train=t, download=folder is None) for t in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"CIFAR-10 could not be read ({reason}); give an archive: --cifar10 PATH") from error
+    train, test = (
+        Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return train, test
+
+
+def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every image in an archive or below a folder."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.suffix in (".jpg", ".jpeg", ".png"):
+                yield path.relative_to(source).as_posix(), path.read_bytes()
+        return
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None and member.name.endswith((".jpg", ".jpeg", ".png")):
+                    yield member.name, content.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UsageError(f"{source}: cannot be read as a tar archive ({error}); is it the right file?") from error
+
+
+def _read_images(source: Path) -> tuple[Images, Images]:
+    """The images of ``train/<class>/`` and ``test/<class>/`` anywhere in ``source``, in the order of their paths."""
+    try:
+        import numpy as np
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UsageError(f"CIFAR-10's images need Pillow and numpy ({error}); pip install pillow numpy") from error
+    found: dict[str, list[tuple[str, Tensor, int]]] = {"train": [], "test": []}
+    for name, content in _members(source):
+        parts = name.split("/")
+        if len(parts) < 3 or parts[-3] not in found or parts[-2] not in CIFAR_CLASSES:
+            continue
+        try:
+            pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))).permute(2, 0, 1)
+        except (UnidentifiedImageError, OSError) as error:
+            raise UsageError(f"{source}: {name} cannot be read as an image ({error})") from error
+        if pixels.shape[1:] != (32, 32):
+            raise UsageError(f"{source}: {name} has {pixels.shape[2]}x{pixels.shape[1]} pixels, expected 32x32")
+        found[parts[-3]].append((name, pixels, CIFAR_CLASSES.index(parts[-2])))
+    for part, images in found.items():
+        if not images:
+            raise UsageError(f"{source}: no images in {part}/<class>/, with classes {', '.join(CIFAR_CLASSES)}")
+        images.sort(key=lambda image: image[0])
+    train, test = (
+        Images(torch.stack([p for _, p, _ in images]), torch.tensor([label for _, _, label in images]))
+        for images in found.values()
+    )
+    return train, test
