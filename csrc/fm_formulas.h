@@ -126,6 +126,7 @@ FM_HD FM_REAL FM_NAME(fm_adam_step)(FM_REAL w, FM_REAL m, FM_REAL v, const FM_NA
 
 typedef struct FM_NAME(fm_noise) {
   FM_REAL gamma, eps, scale, lipschitz, curvature_scale;
+  FM_REAL most; /* of N: 1, or 0 if scale is 0; a choice in the loop would keep it from being vectorised */
 } FM_NAME(fm_noise);
 
 FM_HD FM_NAME(fm_noise) FM_NAME(fm_noise_of)(const fm_options *o) {
@@ -135,6 +136,7 @@ FM_HD FM_NAME(fm_noise) FM_NAME(fm_noise_of)(const fm_options *o) {
   noise.scale = (FM_REAL)o->scale;
   noise.lipschitz = (FM_REAL)o->lipschitz;
   noise.curvature_scale = (FM_REAL)o->curvature_scale;
+  noise.most = noise.scale != 0 ? (FM_REAL)1 : (FM_REAL)0;
   return noise;
 }
 
@@ -151,7 +153,8 @@ FM_HD FM_REAL FM_NAME(fm_root_curvature)(FM_REAL h, FM_REAL lipschitz, FM_REAL n
 
 /* w + sigma xi; w itself where sigma is 0 or not finite. A given size may be negative: the other side of w. */
 FM_HD FM_REAL FM_NAME(fm_add_noise)(FM_REAL w, FM_REAL sigma, FM_REAL xi) {
-  return sigma != 0 && FM_ABS(sigma) < FM_HUGE ? FM_FMA(sigma, xi, w) : w;
+  const FM_REAL size = FM_ABS(sigma), moved = FM_FMA(sigma, xi, w);
+  return (int)(size > 0) & (int)(size < FM_HUGE) ? moved : w; /* && is a branch, and a loop with one has no vectors */
 }
 
 /* A normal variable cut at a >= 1 of its standard deviations, from a uniform one: Phi^-1(Phi(-a) + U (Phi(a) -
@@ -264,8 +267,7 @@ FM_HD void FM_NAME(fm_apply_noise)(FM_REAL *v, const FM_NAME(fm_noise) * o, int 
     const FM_REAL root = FM_NAME(fm_root_curvature)(v[FM_CURVATURE], v[FM_LIPSCHITZ], n, o);
     const FM_REAL reach = n * root, free = o->scale / root, ratio = reach / o->scale;
     const bool cap = reach <= o->scale;
-    sigma = cap ? n : free;
-    sigma = o->scale != 0 ? sigma : (FM_REAL)0; /* 0 / 0 where c is 0 too */
+    sigma = cap ? o->most * n : free;
     capped = cap ? (FM_REAL)1 : (FM_REAL)0;
     cut = cap ? (FM_REAL)1 : ratio; /* N / sigma */
   }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,38 @@ def test_the_library_needs_no_executable_stack(library: Path) -> None:
     """Hardened kernels refuse to load a library that asks for one."""
     stack = next(line for line in output("readelf", "--wide", "-l", library).splitlines() if "GNU_STACK" in line)
     assert stack.split()[-2] == "RW"
+
+
+#: Functions whose scalar roots and divisions are not per element: a norm once a row, powers by |x|^q in double.
+SCALAR = re.compile(r"(power|update_ascend)_f(32|64)")
+
+
+def roots_and_divisions(library: Path) -> list[tuple[str, Counter[str]]]:
+    """Those of each update and reduction, by instruction: every instruction set has its own function of each name. The
+    names of AVX begin with a v; the baseline calls a function for each fused multiply-add and has no vectors."""
+    found: list[tuple[str, Counter[str]]] = []
+    inside = False
+    for line in output("objdump", "--disassemble", "--no-show-raw-insn", library).splitlines():
+        if start := re.match(r"[0-9a-f]+ <(\w+)(?:\.[\w.]*)?>:", line):
+            inside = bool(re.fullmatch(r"(update_\w+|square|magnitude|power|largest|ties|pacgen)_f(32|64)", start[1]))
+            if inside:
+                found.append((start[1], Counter()))
+        elif inside and (operation := re.search(r"\tv((?:sqrt|div)[sp][sd])\b", line)):
+            found[-1][1][operation[1]] += 1
+    return found
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86's instructions")
+def test_every_kernel_takes_its_roots_and_divisions_by_vectors() -> None:
+    """A choice in a rule can become a branch, and the loop then runs element by element, twice as long, with the right
+    result. Scalar instructions stay for the last few elements; they must not be the only ones."""
+    functions = roots_and_divisions(CPU_LIBRARY)
+    assert [bool(count) for name, count in functions if name == "update_scaled_noise_f32"].count(True) == 2
+    for name, count in functions:
+        own = "s" if name.endswith("f32") else "d"
+        for operation in ("sqrt", "div"):
+            if count[f"{operation}s{own}"] and not SCALAR.fullmatch(name):
+                assert count[f"{operation}p{own}"], f"{name}: {dict(count)}"
 
 
 @every_library

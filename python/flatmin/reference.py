@@ -297,8 +297,8 @@ def _curved(
 
 def noise_size(c: Tensor, n: Tensor, scale: Tensor | float) -> Tensor:
     """``sigma_i = min(scale / sqrt(c_i), N_i)``."""
-    sigma = torch.where(n * c.sqrt() <= scale, n, scale / c.sqrt())
-    return torch.where(torch.as_tensor(scale) != 0, sigma, 0.0)
+    most = torch.where(torch.as_tensor(scale) != 0, n, 0.0)  # 0 / 0 where c is 0 too
+    return torch.where(n * c.sqrt() <= scale, most, scale / c.sqrt())
 
 
 def scaled_noise_(
