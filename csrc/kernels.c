@@ -169,6 +169,9 @@ typedef struct fm_lanes {
 /* Lanes that stay in registers over the rows of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
 enum { FM_LANE_GROUP = 32 };
 
+/* Without parts the other three are left as they are: clearing them took a tenth of a norm's time in cache. */
+FM_INLINE void clear_lanes(fm_lanes *lanes, bool parts) { memset(lanes, 0, parts ? sizeof *lanes : sizeof lanes->mid); }
+
 FM_INLINE void copy_lanes(fm_lanes *to, int at, const fm_lanes *from, int first, int count, bool parts) {
   const size_t bytes = (size_t)count * sizeof(double);
   memcpy(to->mid + at, from->mid + first, bytes);
@@ -181,10 +184,11 @@ FM_INLINE void copy_lanes(fm_lanes *to, int at, const fm_lanes *from, int first,
 
 /* Halves on halves. */
 FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int term, bool wide) {
+  const bool parts = fm_has_parts(term, wide);
   for (int half = FM_LANES / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; l++) {
       const int k = l + half;
-      if (fm_has_parts(term, wide)) {
+      if (parts) {
         const fm_sum a = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
         const fm_sum b = {lanes->mid[k], lanes->big[k], lanes->small[k], lanes->rest[k]};
         const fm_sum sum = fm_fold(a, b, term);
@@ -198,7 +202,8 @@ FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int term, bool wide) {
       }
     }
   }
-  const fm_sum sum = {lanes->mid[0], lanes->big[0], lanes->small[0], lanes->rest[0]};
+  const fm_sum sum = {lanes->mid[0], parts ? lanes->big[0] : 0.0, parts ? lanes->small[0] : 0.0,
+                      parts ? lanes->rest[0] : 0.0};
   return sum;
 }
 

@@ -104,7 +104,7 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *con
       lanes->rest[k] = sum.rest;
       continue;
     }
-    double x = fabs(scaling == FM_SCALE_NONE ? (double)g[l] : FM_NAME(fm_scaled_gradient)(w[l], g[l], scaling, o->eta));
+    const double x = scaling == FM_SCALE_NONE ? (double)g[l] : FM_NAME(fm_scaled_gradient)(w[l], g[l], scaling, o->eta);
     double *mid = &lanes->mid[k];
 #ifdef __FMA__
     if (term == FM_TERM_SQUARE && !wide && scaling == FM_SCALE_NONE) { /* a float's square is exact: one rounding */
@@ -112,7 +112,7 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *con
       continue;
     }
 #endif
-    const fm_sum t = fm_term(x, term, wide, o);
+    const fm_sum t = fm_term(fabs(x), term, wide, o);
     *mid = term == FM_TERM_LARGEST ? fm_larger(*mid, t.mid) : *mid + t.mid;
     if (fm_has_parts(term, wide)) {
       lanes->big[k] += t.big;
@@ -139,7 +139,8 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     v[k] = blocks[0];
   }
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
-    fm_lanes lanes = {{0.0}, {0.0}, {0.0}, {0.0}};
+    fm_lanes lanes;
+    clear_lanes(&lanes, parts);
     for (int64_t at = chunk; at < min64(chunk + FM_CHUNK, end); at += SPAN) {
       const int64_t n = min64(SPAN, min64(chunk + FM_CHUNK, end) - at), rows = n / FM_LANES;
       for (int b = 0; b < 4; b++) {
@@ -151,11 +152,14 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
         fm_lanes held;
         copy_lanes(&held, 0, &lanes, first, FM_LANE_GROUP, parts);
         for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
+          /* line after line of the next span: asked for in the order of the sums, 1 KB apart, it came at 0.48 ns per
+           * element where 0.34 is possible (one thread of an EPYC) */
           const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
-          for (int64_t next = i + SPAN; next < i + SPAN + FM_LANE_GROUP; next += line) {
-            for (int b = 0; b < 4; b++) { /* a group passes through every line of the span once */
+          const int64_t next = SPAN + first * (SPAN / FM_LANES) + (i - first) / FM_LANES * FM_LANE_GROUP;
+          for (int64_t ahead = next; ahead < next + FM_LANE_GROUP; ahead += line) {
+            for (int b = 0; b < 4; b++) {
               if (reads & FM_BIT(operands[b])) {
-                __builtin_prefetch(v[operands[b]] + next);
+                __builtin_prefetch(v[operands[b]] + ahead);
               }
             }
           }
@@ -291,7 +295,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
     const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
     fm_lanes lanes;
     if (tallies) {
-      memset(&lanes, 0, sizeof lanes);
+      clear_lanes(&lanes, fm_has_parts(shape.tally, FM_NATIVE == FM_F64));
     }
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
       const int64_t n = min64(FM_BLOCK, chunk_end - at);
