@@ -22,7 +22,7 @@ MEASURES = {
     "lambda_max": "largest eigenvalue",
     "expected_sharpness": "expected sharpness",
 }
-#: Of the squared gradients: small enough for twenty batches in a subset of 320 images.
+#: Of the squared gradients, one square a batch: small enough for several batches in a subset of 100 images.
 GRADIENT_BATCH = 16
 
 

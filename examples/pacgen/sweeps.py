@@ -2,7 +2,7 @@
 
 The network of the PyTorch MNIST example, without dropout, is trained by SGD with momentum 0.5 on MNIST and CIFAR-10:
 over the batch size at learning rate 0.1, and over the learning rate at batch size 256, with several seeds. At every
-measured epoch: training and test loss, PACGen at gamma = eps = 0.1, and simpler measures beside it (Wang et al. 2018,
+epoch: training and test loss, PACGen at gamma = eps = 0.1, and simpler measures beside it (Wang et al. 2018,
 arXiv 1809.07402, section 4). Then Spearman's rank correlation of each measure with the gap, test loss less training
 loss, across settings at equal epoch and at equal training loss.
 
@@ -53,14 +53,14 @@ HOUR = Size(
     batches=(32, 64, 128, 256, 512),
     rates=(0.025, 0.05, 0.1, 0.15, 0.2),
     seeds=3,
-    epochs=60,
-    every=5,
+    epochs=25,
+    every=1,
     train=3000,
     test=2000,
-    measured=200,
-    probes=6,
-    iterations=8,
-    draws=8,
+    measured=100,
+    probes=4,
+    iterations=6,
+    draws=6,
 )
 # The paper does not state its grids nor how long it trained. All images of both data sets, ten times as many probes.
 FULL = Size(
@@ -68,7 +68,7 @@ FULL = Size(
     rates=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     seeds=5,
     epochs=100,
-    every=5,
+    every=1,
     train=0,
     test=0,
     measured=2000,
