@@ -8,13 +8,15 @@
 #   make lint                       formats, clang-tidy, ruff, mypy
 #   make bench                      one SAM step beside its peers
 #
-# Variables: PYTHON, VENV, TORCH (what pip installs, e.g. TORCH=torch==2.13.0), ARGS (more flags for the command).
+# Variables: PYTHON, VENV, TORCH (what pip installs, e.g. TORCH=torch==2.13.0), JOBS (test files at a time), ARGS (more
+# flags for the command).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.10
 DATA ?=
 EPOCHS ?= 3
+JOBS ?= 2
 ARGS ?=
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard csrc/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh python/flatmin/*.py) python/flatmin/py.typed \
@@ -33,7 +35,7 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.torch
-	$(BIN)/pip install --quiet pytest hypothesis scipy pillow cmake ninja torch-abi-audit \
+	$(BIN)/pip install --quiet pytest pytest-xdist hypothesis scipy pillow cmake ninja torch-abi-audit \
 	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
@@ -65,7 +67,7 @@ ctest: $(VENV)/.test-tools
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300
 
 pytest: $(VENV)/.installed $(VENV)/.test-tools
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/pip install --quiet ruff mypy clang-format clang-tidy

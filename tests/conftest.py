@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,5 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if missing[item] is None]
 
 
-def pytest_report_collectionfinish() -> list[str]:
-    return [f"left out: {count} tests that need {part}" for part, count in sorted(_left_out.items())]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in a process of pytest-xdist: each of them collects all tests
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if found := getattr(node, "workeroutput", {}).get("left_out"):
+        _left_out.clear()
+        _left_out.update(found)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for part, count in sorted(_left_out.items()):
+        terminalreporter.write_line(f"left out: {count} tests that need {part}")

@@ -74,7 +74,7 @@ def go_on(net: nn.Module, opt: PerturbedOPT, data: list[Any], way: Any, options:
             opt.next_epoch()
 
 
-@pytest.mark.parametrize(("cls", "options"), RUNS, ids=str)
+@pytest.mark.parametrize(("cls", "options"), RUNS, ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(x))
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 def test_a_resumed_run_is_the_same_to_the_last_bit(cls, options, way) -> None:
     data = batches(8)
