@@ -9,7 +9,9 @@ with probability 1 - delta
 
 for any eta > 0: PAC-Bayes-Hoeffding with the loss expanded to third order, ``||u||^3 <= sqrt(m) sum_i |u_i|^3`` and
 ``|u_i|^3 <= N_i u_i^2`` (Wang et al. 2018, arXiv 1809.07402; the constants are derived here, since the paper's are
-not confirmed). A negative b_i counts as 0, as in the paper. All depends on each weight through one number,
+not confirmed). With a rho for each weight, ``rho_i`` in b_i, the expansion is no longer a theorem: it takes the
+third-order term of a loss whose parameters do not interact, and is then a measure in the form of a bound. A negative
+b_i counts as 0, as in the paper. All depends on each weight through one number,
 
     r_i = N_i^2 b_i / 3.
 

@@ -159,6 +159,7 @@ def pacgen(
             loss_fn, data, params=params)`` that returns them.
         lipschitz: rho: "max", "quantile" or "element", estimated as in :func:`flatmin.curvature.lipschitz` by the same
             estimator as ``curvature`` ("hutchinson" where that is tensors), or a float, or tensors like the parameters.
+            One for each element ("element", tensors) makes the bound a measure in the form of a bound.
         quantile: for ``lipschitz="quantile"``.
         sqrt_m: use ``rho sqrt(m) N_i`` in c_i, m the number of parameters, as one reading of the paper has it.
         samples: probes of "hutchinson", or draws of labels of "gnb".
