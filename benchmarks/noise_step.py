@@ -9,8 +9,8 @@ Rows, all in one run, each timed once a round in shuffled order (sam_step.py say
 * ``scaled_noise_``: Gaussian noise of the size min(scale / sqrt(max(H + rho N, 0)), N), N = gamma |w| + eps, on top of
   the weights, which are saved. Beside it the same in eager torch, ``Tensor.normal_`` alone, and a copy of the bytes
   that the noise has to move (reads w and H, writes w and the backup: two plain copies).
-* a step of ``PerturbedOPT`` around SGD with momentum (noise, restore, step, both averages) beside a step of ``SAM``
-  (norm, perturbation, restore, step); the same gradients stand in for those of a second backward.
+* a step of ``PerturbedOPT`` around SGD with momentum (uniform noise, restore, step, both averages) beside a step of
+  ``SAM`` (norm, perturbation, restore, step); the same gradients stand in for those of a second backward.
 * ``pacgen`` beside one reading of its inputs.
 """
 
@@ -59,7 +59,7 @@ def perturbed_step(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Step:
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     base = torch.optim.SGD(params, lr=LR, momentum=MOMENTUM)
-    opt = flatmin.PerturbedOPT(base, dist="normal", gamma=GAMMA, eps=EPS, scale=SCALE)
+    opt = flatmin.PerturbedOPT(base, gamma=GAMMA, eps=EPS, scale=SCALE)
 
     def step() -> None:
         opt.ascend()
