@@ -61,7 +61,7 @@ class Size(NamedTuple):
 
 HOUR = {
     "mnist": Size("SGD", 64, 1000, 2000, 0, 60, 6, 5, 1, (0.01, 0.02, 0.03, 0.05, 0.1, 0.15), (0.03, 0.05, 0.1)),
-    "cifar10": Size("Adam", 128, 8000, 2000, 0, 20, 2, 5, 1, (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3), (1e-3, 2e-3, 4e-3)),
+    "cifar10": Size("Adam", 128, 5000, 2000, 0, 20, 2, 5, 1, (5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3), (1e-3, 2e-3, 4e-3)),
 }
 # Not the paper's networks, which were wide residual ones: the same network, trained longer and more often.
 FULL = {
