@@ -24,8 +24,7 @@ Builder = Callable[[list[Tensor]], Step]
 RHO, LR, MOMENTUM, EPS = 0.05, 1e-4, 0.9, 1e-12
 GROUP = 64  # limits.c takes this many elements at a time
 
-FLATMIN, OPERATORS = "flatmin.SAM", "flatmin.ops"
-TEXTBOOK, COMPILED = "textbook eager SAM", "torch.compile'd SAM"
+FLATMIN, TEXTBOOK, COMPILED = "flatmin.SAM", "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
 LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
@@ -163,7 +162,7 @@ def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builde
     rows: dict[str, Builder] = {
         FLATMIN: flatmin_fused,
         "flatmin.SAM, plain base step": flatmin_plain,
-        OPERATORS: flatmin_ops,
+        "flatmin.ops": flatmin_ops,
         TEXTBOOK: textbook,
     }
     if importlib.util.find_spec("pytorch_optimizer"):
