@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -94,22 +94,6 @@ def _are_numbers(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def _states(base: Optimizer, params: list[Tensor]) -> list[Any]:
-    """Each parameter's state, None or empty where it has none. Tensors hash in Python, 0.1 us each: a list in the order
-    of the states themselves, as a single bucket has it after its first step, is compared instead."""
-    if len(base.state) == len(params) and all(map(is_, base.state, params)):
-        return list(base.state.values())
-    return list(map(base.state.get, params))
-
-
-def _buffers(states: list[Any]) -> list[Any]:
-    """The momentum buffer of each state, None where there is none."""
-    try:
-        return list(map(itemgetter("momentum_buffer"), states))
-    except (KeyError, TypeError):
-        return [state.get("momentum_buffer") if state else None for state in states]
-
-
 def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
     lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
     if not _are_numbers(lr, momentum, dampening, weight_decay):
@@ -123,7 +107,7 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
     }
     if momentum == 0:
         return partial(bucket.restore_sgd, grads, [], lr, **options)
-    old = _buffers(_states(base, bucket.params))
+    old: list[Any] = [state.get("momentum_buffer") if state else None for state in map(base.state.get, bucket.params)]
     if all(map(is_not, old, repeat(None))):
         return partial(bucket.restore_sgd, grads, old, lr, **options)
     if all(map(is_, old, repeat(None))):
@@ -143,8 +127,7 @@ def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
     if not _are_numbers(lr, weight_decay, eps, *betas):
         return None
     amsgrad = bool(group["amsgrad"])
-    found = _states(base, bucket.params)
-    states = [state or _new_adam_state(p, amsgrad) for p, state in zip(bucket.params, found, strict=True)]
+    states = [base.state.get(p) or _new_adam_state(p, amsgrad) for p in bucket.params]
     if amsgrad and not all("max_exp_avg_sq" in state for state in states):
         return None
     steps = [state["step"] for state in states]
@@ -186,8 +169,8 @@ def _adam_step(
         steps,
     )
     bucket.restore_adam(grads, tensors, lr, **options)
-    if not all(map(is_, states, _states(base, bucket.params))):
-        base.state.update(zip(bucket.params, states, strict=True))
+    for p, state in zip(bucket.params, states, strict=True):
+        base.state[p] = state
 
 
 _PLANS: dict[type, Callable[[Any, dict[str, Any], Bucket, list[Tensor]], _Plan | None]] = {
