@@ -7,7 +7,7 @@
 /* A store past the caches saves reading the line that it overwrites, but the next pass must fetch what it wrote from
  * memory. It pays once the four arrays of a step (weights, gradients, backup, momentum) exceed what the last-level
  * cache has to spare. A virtual machine is told the cache of a socket, or of several, while its neighbours use it too;
- * hence the cap. On two cores of an EPYC (32 MiB shared, 256 MiB by sysconf) a step was 1.07 times slower with
+ * hence the cap. On two cores of an EPYC (32 MiB shared, 256 MiB by sysconf) a step was 1.1 times slower with
  * streaming stores at 10 MB of arrays, equal at 19 MB and 1.26 times faster at 40 and 80 MB; on a Xeon, at 85 MB, 1.15
  * times slower in a quiet minute and 2.1 times faster in a busy one. */
 static bool exceeds_cache(int64_t bytes) {

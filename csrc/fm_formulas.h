@@ -153,8 +153,7 @@ FM_HD FM_REAL FM_NAME(fm_root_curvature)(FM_REAL h, FM_REAL lipschitz, FM_REAL n
 
 /* w + sigma xi; w itself where sigma is 0 or not finite. A given size may be negative: the other side of w. */
 FM_HD FM_REAL FM_NAME(fm_add_noise)(FM_REAL w, FM_REAL sigma, FM_REAL xi) {
-  const FM_REAL size = FM_ABS(sigma), moved = FM_FMA(sigma, xi, w);
-  return (int)(size > 0) & (int)(size < FM_HUGE) ? moved : w; /* && is a branch, and a loop with one has no vectors */
+  return sigma != 0 && FM_ABS(sigma) < FM_HUGE ? FM_FMA(sigma, xi, w) : w;
 }
 
 /* A normal variable cut at a >= 1 of its standard deviations, from a uniform one: Phi^-1(Phi(-a) + U (Phi(a) -
