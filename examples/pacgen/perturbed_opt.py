@@ -409,7 +409,7 @@ def evaluate_all(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common_flags(parser, "out/perturbed")
-    training_flags(parser, "all images of CIFAR-10, three times the epochs, 10 to 20 seeds")
+    training_flags(parser, "all images of CIFAR-10, five times the epochs, 10 to 20 seeds")
     add = parser.add_argument
     add("--tasks", nargs="+", choices=list(HOUR), default=list(HOUR), help="which of the two (both)")
     for name, meaning in (

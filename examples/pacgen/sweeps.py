@@ -62,7 +62,7 @@ HOUR = Size(
     iterations=6,
     draws=6,
 )
-# The paper does not state its grids nor how long it trained. All images of both data sets, ten times as many probes.
+# The paper does not state its grids nor how long it trained. All images of both data sets, 15 times as many probes.
 FULL = Size(
     batches=(64, 128, 256, 512, 1024, 2048, 4096),
     rates=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
