@@ -20,9 +20,8 @@ typedef union fm_slot {
   int64_t integer;
 } fm_slot;
 
-/* A tensor as torch describes it; sizes and strides are borrowed. */
+/* A tensor as torch describes it; data, sizes and strides are borrowed from what its argument holds. */
 typedef struct fm_tensor {
-  AtenTensorHandle handle;
   char *data;
   const int64_t *size, *stride;
   int64_t dims, numel;
@@ -34,6 +33,7 @@ typedef struct fm_arg {
   char name[FM_NAME_LENGTH];
   bool is_list;
   StableListHandle list;
+  AtenTensorHandle tensor;
   fm_tensor *tensors;
   int64_t count;
   double number;   /* float */
