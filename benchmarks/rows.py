@@ -72,7 +72,7 @@ def flatmin_ops(params: list[Tensor]) -> Step:
     backup = ops.backup_like(params)
 
     def step() -> None:
-        ops.sam_ascend_(params, grads, backup, ops.norm(grads), RHO, eps=EPS)
+        ops.sam_norm_ascend_(params, grads, backup, RHO, eps=EPS)
         ops.restore_sgd_(params, grads, buffers, backup, LR, momentum=MOMENTUM)
 
     return step

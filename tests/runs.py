@@ -51,8 +51,9 @@ def problem_on(device: torch.device, problem: Problem) -> Problem:
 
 
 def ascent(problem: Problem, p: float, adaptive: bool | str, key: tuple[int, int] | None = None) -> list[Tensor]:
-    """Norm, for p = 1 the ties, parameters at ``w + e`` and backup."""
+    """Norm, for p = 1 the ties, parameters at ``w + e`` and backup; for p > 1 the same from one call."""
     params, grads, backup = problem.params, problem.grads, problem.backup()
+    once = problem.copy()
     q = ops.dual_exponent(p)
     results = [ops.norm(grads, params, q=q, adaptive=adaptive)]
     rho: float | Tensor = 0.7
@@ -61,7 +62,12 @@ def ascent(problem: Problem, p: float, adaptive: bool | str, key: tuple[int, int
         rho = rho / results[1]
     chance = None if key is None else torch.tensor(key, dtype=torch.uint64).to(backup.device)
     ops.sam_ascend_(params, grads, backup, results[0], rho, q=q, adaptive=adaptive, key=chance)
-    return [*results, *params, backup]
+    results += [*params, backup]
+    if not math.isinf(q):
+        again = once.backup()
+        norm = ops.sam_norm_ascend_(once.params, once.grads, again, rho, q=q, adaptive=adaptive, key=chance)
+        results += [norm, *once.params, again]
+    return results
 
 
 def _perturbed(problem: Problem) -> Tensor:

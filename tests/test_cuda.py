@@ -174,6 +174,8 @@ def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> N
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}
     assert launches(lambda: ops.sam_ascend_(params, grads, backup, norm, 0.1)) == {"update": per_pass}
+    both = launches(lambda: ops.sam_norm_ascend_(params, grads, backup, 0.1))
+    assert both == {"reduce": per_pass, "fold": 1, "update": per_pass}
     assert launches(lambda: ops.restore_(params, backup)) == {"update": per_pass}
     step = launches(lambda: ops.restore_sgd_(params, grads, buffers, backup, 0.1, momentum=0.9))
     assert step == {"update": per_pass}

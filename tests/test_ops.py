@@ -295,6 +295,38 @@ def test_ascend_of_large_lists(p: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("adaptive", ADAPTIVE)
+@pytest.mark.parametrize("p", P_NORMS[1:])
+@given(start=problems())
+def test_norm_and_ascent_in_one_call(start: Problem, p: float, adaptive: Adaptive) -> None:
+    """Any strides and types against the reference, by the norm that was returned; that one against its own."""
+    q, scaling = ops.dual_exponent(p), ops.scaling_code(adaptive)
+    got, want = start.copy(), start.copy()
+    backup, reference_backup = start.backup(), start.backup()
+    norm = ops.sam_norm_ascend_(got.params, got.grads, backup, 2.0, q=q, adaptive=adaptive)
+    expected = reference.norm(start.grads, start.params, q, scaling, 0.01)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-12)
+    radius, key = torch.tensor(2.0, dtype=torch.float64), torch.empty(0, dtype=torch.uint64)
+    reference.sam_ascend_(want.params, want.grads, reference_backup, norm, radius, key, q, scaling, 0.01, 1e-12)
+    assert torch.equal(backup, reference_backup)
+    assert_ascended(got, want, start, q)
+
+
+@pytest.mark.parametrize("adaptive", ADAPTIVE)
+@pytest.mark.parametrize("p", P_NORMS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_call_has_the_bits_of_two(dtype: torch.dtype, p: float, adaptive: Adaptive) -> None:
+    q = ops.dual_exponent(p)
+    once, twice = large_problem(dtype), large_problem(dtype)
+    backups = once.backup(), twice.backup()
+    norm = ops.sam_norm_ascend_(once.params, once.grads, backups[0], 5.0, q=q, adaptive=adaptive)
+    expected = ops.norm(twice.grads, twice.params, q=q, adaptive=adaptive)
+    ops.sam_ascend_(twice.params, twice.grads, backups[1], expected, 5.0, q=q, adaptive=adaptive)
+    assert same_memory(norm, expected)
+    assert all(same_memory(p, other) for p, other in zip(once.params, twice.params, strict=True))
+    assert torch.equal(*backups)
+
+
+@pytest.mark.parametrize("adaptive", ADAPTIVE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_radius_in_the_one_norm_goes_to_the_largest(dtype: torch.dtype, adaptive: Adaptive) -> None:
     """p = 1 moves exactly the elements that ``ties`` counts. ASAM's |w| + 0.01 is no number of these types: norm, ties

@@ -53,6 +53,10 @@ def good_sam_ascend() -> Arguments:
     }
 
 
+def good_sam_norm_ascend() -> Arguments:
+    return {name: value for name, value in good_sam_ascend().items() if name != "norm"}
+
+
 def good_restore() -> Arguments:
     params = tensors()
     return {"params": params, "backup": ops.backup_like(params).fill_(0xA5)}
@@ -162,6 +166,7 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "norm": good_norm,
     "ties": good_ties,
     "sam_ascend_": good_sam_ascend,
+    "sam_norm_ascend_": good_sam_norm_ascend,
     "restore_": good_restore,
     "restore_sgd_": good_restore_sgd,
     "restore_adam_": good_restore_adam,
@@ -174,8 +179,8 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "filter_norm": lambda: {"tensors": tensors(), "whole": False},
 }
 
-#: Operators that write and return what they counted on the way.
-COUNTING = {"restore_sgd_curvature_", "restore_adam_curvature_", "scaled_noise_", "curvature_"}
+#: Operators that write and return what they computed on the way.
+COUNTING = {"sam_norm_ascend_", "restore_sgd_curvature_", "restore_adam_curvature_", "scaled_noise_", "curvature_"}
 
 
 def call(op: str, arguments: Arguments) -> Any:
@@ -243,6 +248,7 @@ LISTS = {
     "norm": ["tensors", "weights"],
     "ties": ["tensors", "weights"],
     "sam_ascend_": ["params", "grads"],
+    "sam_norm_ascend_": ["params", "grads"],
     "restore_": ["params"],
     "restore_sgd_": ["params", "grads", "momentum_buffers"],
     "restore_adam_": ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"],
@@ -384,6 +390,7 @@ SCALARS = [
     ("ties", "norm"),
     ("sam_ascend_", "norm"),
     ("sam_ascend_", "rho"),
+    ("sam_norm_ascend_", "rho"),
     ("restore_sgd_", "lr"),
     ("restore_adam_", "lr"),
     ("restore_sgd_curvature_", "lr"),
@@ -446,10 +453,11 @@ def test_backups_fit_the_parameters(op: str, bad: str) -> None:
     ],
     ids=["int64", "one word", "three words", "0-dim", "with gaps"],
 )
-def test_keys_are_two_words(key: Tensor) -> None:
-    arguments = good_sam_ascend()
+@pytest.mark.parametrize("op", ["sam_ascend_", "sam_norm_ascend_"])
+def test_keys_are_two_words(op: str, key: Tensor) -> None:
+    arguments = GOOD[op]()
     arguments["key"] = key
-    assert_refused("sam_ascend_", arguments, "key must be", "uint64", "(seed, step)")
+    assert_refused(op, arguments, "key must be", "uint64", "(seed, step)")
 
 
 @pytest.mark.parametrize(
@@ -473,13 +481,17 @@ def test_step_counts_are_single_floats(count: Tensor) -> None:
         ("norm", "q", math.nan, "1 <= q"),
         ("norm", "q", -math.inf, "1 <= q"),
         ("sam_ascend_", "q", 0.999, "1 <= q"),
+        ("sam_norm_ascend_", "q", 0.999, "1 <= q"),
+        ("sam_norm_ascend_", "q", math.inf, "call norm, ties and sam_ascend_"),
         ("norm", "scaling", 4, "big_vision"),
         ("ties", "scaling", -1, "asam"),
         ("sam_ascend_", "scaling", 7, "davda54"),
+        ("sam_norm_ascend_", "scaling", 7, "davda54"),
         ("norm", "eta", -0.1, "not be negative"),
         ("sam_ascend_", "eta", math.nan, "not be negative"),
         ("sam_ascend_", "eps", -1e-12, "not be negative"),
         ("sam_ascend_", "rho", scalar(-0.05), "not be negative"),
+        ("sam_norm_ascend_", "rho", scalar(-0.05), "not be negative"),
         ("scaled_noise_", "sizing", 3, "curvature"),
         ("scaled_noise_", "law", 4, "truncated_normal"),
         ("scaled_noise_", "gamma", -0.1, "not be negative"),
@@ -506,6 +518,9 @@ def test_public_ascend_refuses_a_radius(rho: float) -> None:
     params = tensors()
     with pytest.raises(ValueError, match=r"rho: .* given, but a radius is finite and not negative"):
         ops.sam_ascend_(params, tensors(), ops.backup_like(params), scalar(1.0), rho)
+    with pytest.raises(ValueError, match=r"rho: .* given, but a radius is finite and not negative"):
+        ops.sam_norm_ascend_(params, tensors(), ops.backup_like(params), rho)
+    assert {p._version for p in params} == {0}
     assert all(torch.equal(p, w) for p, w in zip(params, tensors(), strict=True))
 
 

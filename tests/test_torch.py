@@ -42,6 +42,7 @@ def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
         "norm": (g, w, 2.0, 1, 0.01),
         "ties": (g, w, norm, 2, 0.01),
         "sam_ascend_": (w, g, backup, norm, rho, key, 2.0, 1, 0.01, 1e-12),
+        "sam_norm_ascend_": (w, g, backup, rho, key, 2.0, 1, 0.01, 1e-12),
         "restore_": (w, backup),
         "restore_sgd_": (w, g, m, backup, lr, 0.9, 0.0, 0.01, True, False, False),
         "restore_adam_": (w, g, m, v, x, steps, backup, lr, 0.9, 0.999, 1e-8, 0.01, True, True, False),
@@ -93,6 +94,10 @@ def test_schemas_are_the_published_ones() -> None:
     assert str(torch.ops.flatmin.sam_ascend_.default._schema) == (
         "flatmin::sam_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor norm, Tensor rho, "
         "Tensor key, float q, int scaling, float eta, float eps) -> ()"
+    )
+    assert str(torch.ops.flatmin.sam_norm_ascend_.default._schema) == (
+        "flatmin::sam_norm_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor rho, Tensor key, "
+        "float q, int scaling, float eta, float eps) -> Tensor"
     )
     assert str(torch.ops.flatmin.restore_.default._schema) == (
         "flatmin::restore_(Tensor(a!)[] params, Tensor backup) -> ()"
@@ -298,6 +303,7 @@ def test_versions_of_everything_written() -> None:
         return all(t._version > old for t, old in zip(tensors, before, strict=True))
 
     assert written(lambda: ops.sam_ascend_(params, grads, backup, scalar(1.0), 0.05), params, [backup])
+    assert written(lambda: ops.sam_norm_ascend_(params, grads, backup, 0.05), params, [backup])
     assert written(lambda: ops.restore_(params, backup), params)
     assert written(lambda: ops.restore_sgd_(params, grads, buffers, backup, 0.1, momentum=0.9), params, buffers)
     assert written(

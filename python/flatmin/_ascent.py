@@ -73,21 +73,24 @@ class AscentSet(PerturbedSet[Bucket]):
         every bucket has been checked and its norm taken.
         """
         moving = list(self._gather(groups))
+        self.buckets, self.perturbed = [m.bucket for m in moving], True
         try:
-            self.norm = self._norm(moving, groups)
-        except RuntimeError:
-            _refuse_sparse(moving, groups)
-            raise
-        share = self._share(moving) if self.q == math.inf else None
-        self.buckets = [m.bucket for m in moving]
-        self.perturbed = True
-        try:
+            in_one_call = self._is_whole(moving)
+            if not in_one_call:
+                self.norm = self._norm(moving, groups)
+            share = self._share(moving) if self.q == math.inf else None
             for position, m in enumerate(moving):
-                self._move(m, groups[m.bucket.group]["sam_rho"], share, key, position)
-        except BaseException:
+                self._move(m, groups[m.bucket.group]["sam_rho"], share, key, position, in_one_call)
+        except BaseException as error:
             self.restore()
+            if isinstance(error, RuntimeError):
+                _refuse_sparse(moving, groups)
             raise
         return bool(moving)
+
+    def _is_whole(self, moving: Sequence[Moving]) -> bool:
+        """Whether one list in this process is all that the norm spans, so that norm and ascent are one call."""
+        return len(moving) == 1 and moving[0].bucket.shards is None and not self.sync and self.q != math.inf
 
     def _gather(self, groups: Sequence[dict[str, Any]]) -> Iterator[Moving]:
         for index, group in enumerate(groups):
@@ -121,17 +124,26 @@ class AscentSet(PerturbedSet[Bucket]):
         return total(counts or [torch.zeros_like(self.norm)], self.sync)
 
     def _move(
-        self, m: Moving, rho: float | Tensor, share: Tensor | None, key: tuple[int, int] | None, position: int
+        self,
+        m: Moving,
+        rho: float | Tensor,
+        share: Tensor | None,
+        key: tuple[int, int] | None,
+        position: int,
+        with_norm: bool,
     ) -> None:
-        assert self.norm is not None
         bucket, device = m.bucket, m.bucket.device
         if share is not None:
             rho = (ops.on_device(rho, share.device) if isinstance(rho, Tensor) else rho) / share
         # Each bucket counts its elements from 0, so each needs a stream of its own.
         words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
         stream = None if words is None else ops.on_device(words, device)
-        norm = ops.on_device(self.norm, device)
-        ops.sam_ascend_(m.params, m.grads, bucket.backup, norm, rho, q=self.q, eps=self.eps, key=stream, **m.options)
+        options = {"q": self.q, "eps": self.eps, "key": stream, **m.options}
+        if with_norm:
+            self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
+        else:
+            assert self.norm is not None
+            ops.sam_ascend_(m.params, m.grads, bucket.backup, ops.on_device(self.norm, device), rho, **options)
         bucket.moved = True
         bucket.bump_versions()
 

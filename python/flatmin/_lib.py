@@ -60,6 +60,7 @@ OPERATORS = {
         "norm",
         "ties",
         "sam_ascend_",
+        "sam_norm_ascend_",
         "restore_",
         "restore_sgd_",
         "restore_adam_",
@@ -104,6 +105,7 @@ def _filters(tensors: Sequence[Tensor], whole: bool) -> tuple[int]:
 _RESULTS: dict[str, Callable[..., tuple[int, ...]]] = {
     "norm": lambda *_: (),
     "ties": lambda *_: (),
+    "sam_norm_ascend_": lambda *_: (),
     "restore_sgd_curvature_": lambda *_: (),
     "restore_adam_curvature_": lambda *_: (),
     "curvature_": lambda *_: (),

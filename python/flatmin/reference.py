@@ -139,6 +139,23 @@ def sam_ascend_(
         _real(p).copy_(torch.where(usable, moved, _real(p)))
 
 
+def sam_norm_ascend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Tensor,
+    rho: Tensor,
+    key: Tensor,
+    q: float,
+    scaling: int,
+    eta: float,
+    eps: float,
+) -> Tensor:
+    """:func:`norm`, which is returned, and :func:`sam_ascend_` by it."""
+    gradient_norm = norm(grads, params, q, scaling, eta)
+    sam_ascend_(params, grads, backup, gradient_norm, rho, key, q, scaling, eta, eps)
+    return gradient_norm
+
+
 def restore_(params: Sequence[Tensor], backup: Tensor) -> None:
     """``w <- backup``, byte for byte."""
     for p, old in zip(params, _slots(params, backup), strict=True):
