@@ -230,16 +230,37 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   }
 }
 
-/* Adds n elements of a block to lanes from `first` on. */
-FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, int64_t first, FM_REAL *const *out, int64_t n, int term) {
-  double *mid = lanes->mid + first, *big = lanes->big + first, *small = lanes->small + first;
+/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double, half as
+ * many at a time, they were a fifth of the time of an average in cache. */
+typedef struct FM_NAME(fm_exact) {
+  FM_REAL first[FM_LANES], second[FM_LANES];
+} FM_NAME(fm_exact);
+
+/* Adds n elements of a block to lanes from `at` on. */
+FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, int64_t at, FM_REAL *const *out,
+                                  int64_t n, int term) {
   const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
-  for (int64_t i = 0; i < n; i++) {
-    mid[i] = term == FM_TERM_LARGEST ? fm_larger(mid[i], (double)a[i]) : mid[i] + (double)a[i];
+  double *mid = lanes->mid + at;
+  FM_REAL *first = exact->first + at, *second = exact->second + at;
+  for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
+    first[i] = a[i] > first[i] || a[i] != a[i] ? a[i] : first[i];
   }
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
-    big[i] += (double)b[i];
-    small[i] += (double)c[i];
+    mid[i] += (double)a[i];
+    first[i] += b[i];
+    second[i] += c[i];
+  }
+}
+
+/* Moves what is exact to the lanes in double. */
+FM_INLINE void FM_NAME(take_exact)(fm_lanes *lanes, const FM_NAME(fm_exact) * exact, int used, int term) {
+  for (int l = 0; l < used; l++) {
+    if (term == FM_TERM_LARGEST) {
+      lanes->mid[l] = (double)exact->first[l];
+    } else {
+      lanes->big[l] = (double)exact->first[l];
+      lanes->small[l] = (double)exact->second[l];
+    }
   }
 }
 
@@ -299,7 +320,9 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
     const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
     const int used = lanes_of(chunk_end - chunk);
     fm_lanes lanes;
+    FM_NAME(fm_exact) exact;
     if (tallies) {
+      memset(&exact, 0, sizeof exact);
       clear_lanes(&lanes, used, fm_has_parts(shape.tally, FM_NATIVE == FM_F64));
     }
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
@@ -328,7 +351,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       }
       FM_NAME(apply_block)(update, form, slots.in, slots.out, n, &rule);
       if (tallies) {
-        FM_NAME(add_tally)(&lanes, (at - chunk) % FM_LANES, slots.out, n, shape.tally);
+        FM_NAME(add_tally)(&lanes, &exact, (at - chunk) % FM_LANES, slots.out, n, shape.tally);
       }
       if (random) {
         random_block(o, (uint32_t)r, (uint64_t)at / 4, &words); /* at is a multiple of FM_BLOCK, hence of 4 */
@@ -339,6 +362,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(close_slots)(&slots, row, shape, at, n, &blocks, random ? order : NULL, job->streaming);
     }
     if (tallies) {
+      FM_NAME(take_exact)(&lanes, &exact, used, shape.tally);
       job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] =
           fold_lanes(&lanes, used, shape.tally, FM_NATIVE == FM_F64);
     }
