@@ -248,18 +248,47 @@ FM_HD double fm_multiply(double *mantissa, double factor) {
 
 /* One weight's part of PACGen's sum, (|w| + N) max(sqrt c, 1 / N) squared: X / Y = (|w| + N)^2 max(c N^2, 1) / N^2.
  * X and Y stay products, so that no element needs a division, a root or a logarithm. What is not finite (a mantissa
- * below 2 times X is), or below the squares of float64, ends in `rest`, as a NaN; a weight of 0 without neighbourhood
- * adds nothing. */
-FM_HD void fm_pacgen_term(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
+ * below 2 times X is), or below the squares of float64, ends in `rest`, as a NaN, beside the count of capped weights; a
+ * weight of 0 without neighbourhood adds nothing: X and Y are 0. */
+typedef struct fm_ratio {
+  double x, y;
+} fm_ratio;
+
+FM_HD fm_ratio fm_pacgen_ratio(double w, double h, double lipschitz, const fm_options *o, double *rest) {
   const double magnitude = fabs(w), n = fma(o->gamma, magnitude, o->eps), square = n * n;
   const double raw = fma(o->lipschitz * lipschitz, n, o->curvature_scale * h), c = raw < 0.0 ? 0.0 : raw;
-  const double curved = c * square, reach = magnitude + n, bound = curved > 1.0 ? curved : 1.0;
-  const double x = reach * reach * bound;
-  const double twice = x + x, broken = (twice - twice) + (c - c); /* 0, or NaN */
-  const double lost = reach > 0.0 ? NAN : 0.0;
-  const bool tiny = square < 0x1p-1022;
-  to->mid += fm_multiply(&to->big, tiny ? 1.0 : x) - fm_multiply(&to->small, tiny ? 1.0 : square);
-  to->rest += (curved > 1.0 ? 0.0 : 1.0) + broken + (tiny ? lost : 0.0);
+  const double curved = c * square, reach = magnitude + n, x = reach * reach * (curved > 1.0 ? curved : 1.0);
+  const double least = reach < 0x1p-1022 ? reach : 0x1p-1022, capped = curved > 1.0 ? 0.0 : 1.0;
+  *rest = fma(x + x, 0.0, fma(c, 0.0, *rest + (square < least ? NAN : capped)));
+  const fm_ratio ratio = {x, square};
+  return ratio;
+}
+
+/* Adds a weight to a lane that holds mantissas - 1 of its products and, in `mid`, the exponent of their ratio. */
+FM_HD void fm_pacgen_term(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
+  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o, &to->rest);
+  const bool tiny = r.y < 0x1p-1022; /* X too, or `rest` is NaN */
+  to->mid += fm_multiply(&to->big, tiny ? 1.0 : r.x) - fm_multiply(&to->small, tiny ? 1.0 : r.y);
+}
+
+/* The same where a lane has few weights, to the same bits in half the instructions: products of mantissas in [1, 2),
+ * which grow to 2^16 in the 16 weights that a lane of a chunk has, start at 1, and exponents are counted in the bits of
+ * `mid`. fm_pacgen_settle makes the lane what the other would have left. */
+FM_HD double fm_mantissa(uint64_t bits) { return fm_f64_bits((bits & 0xfffffffffffffu) | 0x3ff0000000000000u); }
+
+FM_HD void fm_pacgen_count(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
+  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o, &to->rest);
+  const uint64_t x = fm_bits_f64(r.x), y = fm_bits_f64(r.y);
+  to->mid = fm_f64_bits(fm_bits_f64(to->mid) + (x >> 52) - (y >> 52));
+  to->big *= fm_mantissa(x);
+  to->small *= fm_mantissa(y);
+}
+
+FM_HD void fm_pacgen_settle(fm_sum *lane) {
+  const double x = lane->big, y = lane->small;
+  lane->mid = fm_f64_bits(fm_bits_f64(lane->mid) + 0x4330000000100000u) - (0x1p52 + 0x1p20); /* |mid| < 2^20 */
+  lane->big = lane->small = 0.0;
+  lane->mid += fm_multiply(&lane->big, x) - fm_multiply(&lane->small, y);
 }
 
 FM_HD double fm_pacgen_of(fm_sum s) {

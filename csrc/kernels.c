@@ -190,6 +190,23 @@ FM_INLINE void clear_lanes(fm_lanes *lanes, int used, bool parts) {
   }
 }
 
+/* PACGen's lanes hold products: see fm_pacgen_count. */
+FM_INLINE void start_products(fm_lanes *lanes, int used) {
+  for (int l = 0; l < used; l++) {
+    lanes->big[l] = lanes->small[l] = 1.0;
+  }
+}
+
+FM_INLINE void settle_products(fm_lanes *lanes, int used) {
+  for (int l = 0; l < used; l++) {
+    fm_sum sum = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
+    fm_pacgen_settle(&sum);
+    lanes->mid[l] = sum.mid;
+    lanes->big[l] = sum.big;
+    lanes->small[l] = sum.small;
+  }
+}
+
 FM_INLINE void copy_lanes(fm_lanes *to, int at, const fm_lanes *from, int first, int count, bool parts) {
   const size_t bytes = (size_t)count * sizeof(double);
   memcpy(to->mid + at, from->mid + first, bytes);
