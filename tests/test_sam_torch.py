@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.profiler import ProfilerActivity, profile
 
 from flatmin.sam import SAM
 from helpers import (
@@ -200,6 +201,14 @@ def test_a_scheduler_may_drive_the_radius() -> None:
         seen.append(float(torch.linalg.vector_norm(torch.cat([e.flatten() for e in moved]))))
         opt.zero_grad()
     assert seen == pytest.approx([0.0, 0.1, 0.2], rel=1e-5)
+
+
+def test_the_profiler_sees_the_step() -> None:
+    """Under the name that torch gives to every optimizer's."""
+    _, opt = sam_net()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        opt.step()
+    assert "Optimizer.step#SAM.step" in {event.name for event in profiler.events()}
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim import optimizer as _torch_optimizer
 
 from . import _lib
 from ._perturbed import Bucket, with_gradient
+from ._wrapper import has_step_hooks
 
 __all__ = ["restore_and_step"]
 
@@ -58,12 +58,7 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
 def _step_is_plain(base: Optimizer) -> bool:
     """Whether ``base.step()`` would run torch's own code alone. A scheduler's wrapper only sets ``_opt_called``."""
     patched = base.__dict__.get("step")
-    return (patched is None or hasattr(patched, "_wrapped_by_lr_sched")) and not (
-        base._optimizer_step_pre_hooks
-        or base._optimizer_step_post_hooks
-        or _torch_optimizer._global_optimizer_pre_hooks
-        or _torch_optimizer._global_optimizer_post_hooks
-    )
+    return (patched is None or hasattr(patched, "_wrapped_by_lr_sched")) and not has_step_hooks(base)
 
 
 def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucket, list[Tensor]]] | None:

@@ -113,6 +113,11 @@ def _check_lists(tensors: Sequence[Tensor]) -> None:
             raise RuntimeError(f"tensor {i} of the list has dtype {t.dtype}; give floating-point tensors")
 
 
+def _count_versions(*lists: Sequence[Tensor]) -> None:
+    for tensors in lists:
+        increment_version(tensors)
+
+
 def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``t`` on ``device``, without making the host wait: except for a copy to the CPU, which reads it at once."""
     return t.to(device=device, dtype=dtype or t.dtype, non_blocking=device.type != "cpu")
@@ -222,7 +227,7 @@ def sam_ascend_(
     if not params:
         return
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
-    increment_version([*params, backup])
+    _count_versions(params, [backup])
     _run("sam_ascend_", params, grads, backup, norm, *ascent)
 
 
@@ -251,7 +256,7 @@ def sam_norm_ascend_(
     if not params:
         return torch.zeros((), dtype=torch.float64)
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
-    increment_version([*params, backup])
+    _count_versions(params, [backup])
     result: Tensor = _run("sam_norm_ascend_", params, grads, backup, *ascent)
     return result
 
@@ -277,7 +282,7 @@ def restore_(params: Sequence[Tensor], backup: Tensor) -> None:
     """Copy the bytes that :func:`sam_ascend_` saved back into ``params``, the same list in the same order."""
     if not params:
         return
-    increment_version(list(params))
+    _count_versions(params)
     _run("restore_", params, backup)
 
 
@@ -305,12 +310,12 @@ def restore_sgd_(
     if not params:
         return
     lr = _scalar(lr, params[0].device)
-    increment_version([*params, *momentum_buffers])
+    _count_versions(params, momentum_buffers)
     _run(
         "restore_sgd_",
         params,
         grads,
-        list(momentum_buffers),
+        momentum_buffers,
         backup,
         lr,
         momentum,
@@ -351,14 +356,14 @@ def restore_adam_(
     if not params:
         return
     lr = _scalar(lr, params[0].device)
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps])
+    _count_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     _run(
         "restore_adam_",
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        list(max_exp_avg_sqs),
+        max_exp_avg_sqs,
         steps,
         backup,
         lr,
@@ -466,7 +471,7 @@ def scaled_noise_(
     sizing = reference.CURVATURE if curvatures is not None else reference.NEIGHBOURHOOD
     sizing = reference.GIVEN if sizes is not None else sizing
     per_element, constant = _lipschitz(lipschitz, device)
-    increment_version([*params, backup])
+    _count_versions(params, [backup])
     tally: Tensor = _run(
         "scaled_noise_",
         params,
@@ -494,7 +499,7 @@ def probe_(tensors: Sequence[Tensor], key: Tensor, *, law: str = "rademacher") -
         raise ValueError("law: 'truncated_normal' has no size without a cut; give 'rademacher', 'normal' or 'uniform'")
     law_code = _code("law", law, _LAWS)
     if tensors:
-        increment_version(list(tensors))
+        _count_versions(tensors)
         _run("probe_", tensors, key, law_code)
 
 
@@ -544,7 +549,7 @@ def curvature_(
     if not curvatures:
         return torch.zeros((), dtype=torch.float64)
     device = curvatures[0].device
-    increment_version([*curvatures, *lipschitz])
+    _count_versions(curvatures, lipschitz)
     largest: Tensor = _run(
         "curvature_",
         curvatures,
@@ -589,7 +594,7 @@ def restore_sgd_curvature_(
     """
     if not params:
         return torch.zeros((), dtype=torch.float64)
-    increment_version([*params, *momentum_buffers, *curvatures, *lipschitz])
+    _count_versions(params, momentum_buffers, curvatures, lipschitz)
     largest: Tensor = _run(
         "restore_sgd_curvature_",
         params,
@@ -642,7 +647,7 @@ def restore_adam_curvature_(
     :func:`restore_sgd_curvature_`."""
     if not params:
         return torch.zeros((), dtype=torch.float64)
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps, *curvatures, *lipschitz])
+    _count_versions(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, curvatures, lipschitz)
     largest: Tensor = _run(
         "restore_adam_curvature_",
         params,
