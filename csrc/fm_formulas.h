@@ -112,10 +112,6 @@ FM_HD FM_REAL FM_NAME(fm_adam_square)(FM_REAL v, FM_REAL d, const FM_NAME(fm_ada
   return FM_FMA(o->one_minus_beta2 * d, d, o->beta2 * v);
 }
 
-FM_HD FM_REAL FM_NAME(fm_adam_largest)(FM_REAL largest, FM_REAL v) {
-  return v > largest || v != v ? v : largest; /* a NaN of either stays, as in torch.maximum */
-}
-
 FM_HD FM_REAL FM_NAME(fm_adam_step)(FM_REAL w, FM_REAL m, FM_REAL v, const FM_NAME(fm_adam) * o) {
   FM_REAL start = o->decoupled != 0 ? w * o->shrink : w;
   FM_REAL denominator = FM_SQRT(v) / o->root_bias_correction2 + o->eps;
@@ -243,7 +239,7 @@ FM_HD void FM_NAME(fm_apply_adam)(FM_REAL *v, const FM_NAME(fm_adam) * o, bool a
   v[FM_SQUARE] = FM_NAME(fm_adam_square)(v[FM_SQUARE], d, o);
   FM_REAL square = v[FM_SQUARE];
   if (amsgrad) {
-    square = FM_NAME(fm_adam_largest)(v[FM_LARGEST], square);
+    square = FM_NAME(fm_larger)(v[FM_LARGEST], square);
     v[FM_LARGEST] = square;
   }
   v[FM_PARAM] = FM_NAME(fm_adam_step)(v[FM_OLD], v[FM_MEAN], square, o);

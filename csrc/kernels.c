@@ -233,7 +233,7 @@ FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int used, int term, bool wide) {
         lanes->rest[l] = sum.rest;
       } else {
         const double a = lanes->mid[l], b = lanes->mid[k];
-        lanes->mid[l] = term == FM_TERM_LARGEST ? fm_larger(a, b) : a + b;
+        lanes->mid[l] = term == FM_TERM_LARGEST ? fm_larger_f64(a, b) : a + b;
       }
     }
   }

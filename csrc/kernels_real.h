@@ -113,7 +113,7 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *con
     }
 #endif
     const fm_sum t = fm_term(fabs(x), term, wide, o);
-    *mid = term == FM_TERM_LARGEST ? fm_larger(*mid, t.mid) : *mid + t.mid;
+    *mid = term == FM_TERM_LARGEST ? fm_larger_f64(*mid, t.mid) : *mid + t.mid;
     if (fm_has_parts(term, wide)) {
       lanes->big[k] += t.big;
       lanes->small[k] += t.small;
@@ -251,7 +251,7 @@ FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, in
   double *mid = lanes->mid + at;
   FM_REAL *first = exact->first + at, *second = exact->second + at;
   for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
-    first[i] = a[i] > first[i] || a[i] != a[i] ? a[i] : first[i];
+    first[i] = FM_NAME(fm_larger)(first[i], a[i]);
   }
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
     mid[i] += (double)a[i];
@@ -330,7 +330,8 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
     fm_lanes lanes;
     FM_NAME(fm_exact) exact;
     if (tallies) {
-      memset(&exact, 0, sizeof exact);
+      memset(exact.first, 0, (size_t)used * sizeof *exact.first);
+      memset(exact.second, 0, (size_t)used * sizeof *exact.second);
       clear_lanes(&lanes, used, fm_has_parts(shape.tally, FM_NATIVE == FM_F64));
     }
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {

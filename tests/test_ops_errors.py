@@ -520,6 +520,8 @@ def test_public_ascend_refuses_a_radius(rho: float) -> None:
         ops.sam_ascend_(params, tensors(), ops.backup_like(params), scalar(1.0), rho)
     with pytest.raises(ValueError, match=r"rho: .* given, but a radius is finite and not negative"):
         ops.sam_norm_ascend_(params, tensors(), ops.backup_like(params), rho)
+    with pytest.raises(ValueError, match="rho"):
+        ops.sam_ascend_([], [], ops.backup_like([]), scalar(1.0), rho)
     assert {p._version for p in params} == {0}
     assert all(torch.equal(p, w) for p, w in zip(params, tensors(), strict=True))
 

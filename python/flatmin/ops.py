@@ -224,6 +224,7 @@ def sam_ascend_(
     If ``rho`` is 0, or ``norm`` or the scale is not finite, the weights keep their bits; they are backed up all the
     same.
     """
+    _check_radius(rho)
     if not params:
         return
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
@@ -253,12 +254,18 @@ def sam_norm_ascend_(
     Returns:
         The norm: float64 0-dim tensor on the device of ``params``.
     """
+    _check_radius(rho)
     if not params:
         return torch.zeros((), dtype=torch.float64)
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
     _count_versions(params, [backup])
     result: Tensor = _run("sam_norm_ascend_", params, grads, backup, *ascent)
     return result
+
+
+def _check_radius(rho: float | Tensor) -> None:
+    if isinstance(rho, float | int) and not 0.0 <= rho < math.inf:
+        raise ValueError(f"rho: {rho} given, but a radius is finite and not negative")
 
 
 def _ascent(
@@ -271,8 +278,6 @@ def _ascent(
     eps: float,
 ) -> tuple[Any, ...]:
     """What the raw operators of an ascent take behind the tensors."""
-    if isinstance(rho, float | int) and not 0.0 <= rho < math.inf:
-        raise ValueError(f"rho: {rho} given, but a radius is finite and not negative")
     key = torch.empty(0, dtype=torch.uint64, device=device) if key is None else key
     return _scalar(rho, device), key, q, scaling_code(adaptive), eta, eps
 
