@@ -157,7 +157,7 @@ enum {
   FM_LAW_RADEMACHER = 3, /* -1 or 1 */
 };
 
-FM_HD float fm_uniform(uint32_t word) { return ((float)(int32_t)(word >> 9) + 0.5F) * 0x1p-22F - 1.0F; }
+FM_HD float fm_uniform(uint32_t word) { return (float)(int32_t)(word >> 9) * 0x1p-22F - (1.0F - 0x1p-23F); }
 
 FM_HD float fm_rademacher(uint32_t word) { return fm_f32_bits(0x3f800000u | (word & 0x80000000u)); }
 

@@ -4,19 +4,21 @@
 /* One block of every slot, and the scratch that strided tensors are gathered in. */
 typedef struct FM_NAME(fm_blocks) {
   FM_REAL slot[FM_SLOTS][FM_BLOCK];
+  FM_REAL unwanted[FM_BLOCK]; /* what is written to an absent operand */
   double scratch[FM_BLOCK];
 } FM_NAME(fm_blocks);
 
 /* ---- load and store ---- */
 
-/* The values of operand k; its default if it is absent. */
-static const FM_REAL *FM_NAME(load)(const fm_view *v, int k, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
-  if (v->data == NULL) {
-    for (int64_t i = 0; i < n; i++) {
-      block[i] = (FM_REAL)fm_default(k);
-    }
-    return block;
+/* The values of an operand that is absent: filled in once, not block by block. */
+FM_INLINE void FM_NAME(fill_default)(int k, int64_t n, FM_REAL *block) {
+  for (int64_t i = 0; i < n; i++) {
+    block[i] = (FM_REAL)fm_default(k);
   }
+}
+
+/* The values of an operand. */
+static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
   const char *raw = raw_block(v, at, n, (char *)scratch);
   if (v->dtype == FM_NATIVE && v->layout == NULL) {
     return (const FM_REAL *)(const void *)raw;
@@ -45,7 +47,7 @@ static const FM_REAL *FM_NAME(load)(const fm_view *v, int k, int64_t at, int64_t
 
 /* Where to compute a result: the tensor itself if its elements need no conversion and no streaming store. */
 FM_INLINE FM_REAL *FM_NAME(target)(const fm_view *v, int64_t at, FM_REAL *block, bool streaming) {
-  const bool direct = v->data != NULL && v->dtype == FM_NATIVE && v->layout == NULL && !streaming;
+  const bool direct = v->dtype == FM_NATIVE && v->layout == NULL && !streaming;
   return direct ? (FM_REAL *)(void *)v->data + at : block;
 }
 
@@ -140,6 +142,12 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
   for (int k = 0; k < FM_MAX_OPERANDS; k++) {
     v[k] = blocks[0];
   }
+  for (int b = 0; b < 4; b++) {
+    if ((reads & FM_BIT(operands[b])) && row->operand[operands[b]].data == NULL) {
+      FM_NAME(fill_default)(operands[b], min64(SPAN, end - begin), blocks[b]);
+      v[operands[b]] = blocks[b];
+    }
+  }
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
     const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
     const int used = lanes_of(chunk_end - chunk);
@@ -151,8 +159,8 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     for (int64_t at = chunk; at < chunk_end; at += SPAN) {
       const int64_t n = min64(SPAN, chunk_end - at), rows = n / FM_LANES;
       for (int b = 0; b < 4; b++) {
-        if (reads & FM_BIT(operands[b])) {
-          v[operands[b]] = FM_NAME(load)(&row->operand[operands[b]], operands[b], at, n, blocks[b], scratch);
+        if ((reads & FM_BIT(operands[b])) && row->operand[operands[b]].data != NULL) {
+          v[operands[b]] = FM_NAME(load)(&row->operand[operands[b]], at, n, blocks[b], scratch);
         }
       }
       for (int first = 0; rows > 0 && first < FM_LANES; first += group) {
@@ -278,13 +286,30 @@ typedef struct FM_NAME(fm_slots) {
   FM_REAL *out[FM_SLOTS];
 } FM_NAME(fm_slots);
 
+/* What stays as it is over the blocks of a tensor. */
+FM_INLINE void FM_NAME(set_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t n,
+                                  FM_NAME(fm_blocks) * blocks) {
+  for (int k = 0; k < FM_SLOTS; k++) {
+    slots->in[k] = slots->out[k] = blocks->slot[k];
+    if (k < FM_MAX_OPERANDS && row->operand[k].data == NULL) {
+      slots->out[k] = blocks->unwanted;
+      if (shape.reads & FM_BIT(k)) {
+        FM_NAME(fill_default)(k, n, blocks->slot[k]);
+      }
+    }
+  }
+}
+
 FM_INLINE void FM_NAME(open_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t at, int64_t n,
                                    FM_NAME(fm_blocks) * blocks, bool streaming) {
 #define FM_OPEN(k)                                                                                                   \
-  if (shape.reads & FM_BIT(k)) {                                                                                     \
-    slots->in[k] = FM_NAME(load)(&row->operand[k], k, at, n, blocks->slot[k], blocks->scratch);                      \
+  if ((shape.reads & FM_BIT(k)) && row->operand[k].data != NULL) {                                                   \
+    if ((k) != FM_PARAM || shape.copy != FM_COPY_TO_BACKUP) {                                                        \
+      ask_ahead(&row->operand[k], at, n);                                                                            \
+    }                                                                                                                \
+    slots->in[k] = FM_NAME(load)(&row->operand[k], at, n, blocks->slot[k], blocks->scratch);                         \
   }                                                                                                                  \
-  if (shape.writes & FM_BIT(k)) {                                                                                    \
+  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                                  \
     slots->out[k] = FM_NAME(target)(&row->operand[k], at, blocks->slot[k], streaming && !(shape.reads & FM_BIT(k))); \
   }
   FM_EACH_OPERAND(FM_OPEN)
@@ -319,27 +344,30 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   const FM_NAME(fm_rule) rule = given; /* which no store can reach: in registers an SGD step takes 0.3 ns, else 0.6 */
   FM_NAME(fm_blocks) blocks;
   FM_NAME(fm_slots) slots;
-  fm_words words;
-  uint32_t order[FM_BLOCK];
-  for (int k = 0; k < FM_SLOTS; k++) {
-    slots.in[k] = slots.out[k] = blocks.slot[k];
+  fm_stream stream;
+  uint32_t words[FM_BLOCK];
+  if (random || (shape.reads & FM_BIT(FM_DRAW))) {
+    open_stream(&stream, o, (uint32_t)r);
   }
+  FM_NAME(set_slots)(&slots, row, shape, min64(FM_BLOCK, end - begin), &blocks);
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
     const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
     const int used = lanes_of(chunk_end - chunk);
     fm_lanes lanes;
     FM_NAME(fm_exact) exact;
     if (tallies) {
-      memset(exact.first, 0, (size_t)used * sizeof *exact.first);
-      memset(exact.second, 0, (size_t)used * sizeof *exact.second);
+      clear(exact.first, (size_t)used * sizeof *exact.first);
+      clear(exact.second, (size_t)used * sizeof *exact.second);
       clear_lanes(&lanes, used, fm_has_parts(shape.tally, FM_NATIVE == FM_F64));
     }
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
       const int64_t n = min64(FM_BLOCK, chunk_end - at);
       if (shape.copy == FM_COPY_TO_BACKUP) {
+        ask_ahead(&row->operand[FM_PARAM], at, n);
         const char *bytes = raw_block(&row->operand[FM_PARAM], at, n, (char *)blocks.scratch);
         put_raw(&row->operand[FM_OLD], at, n, bytes, job->streaming);
       } else if (shape.copy == FM_COPY_FROM_BACKUP) {
+        ask_ahead(&row->operand[FM_OLD], at, n);
         const char *bytes = raw_block(&row->operand[FM_OLD], at, n, (char *)blocks.scratch);
         put_raw(&row->operand[FM_PARAM], at, n, bytes, job->streaming);
       }
@@ -349,10 +377,10 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(open_slots)(&slots, row, shape, at, n, &blocks, job->streaming);
       if (shape.reads & FM_BIT(FM_DRAW)) {
         if (FM_NATIVE == FM_F32) {
-          draw_block(o, law, (uint32_t)r, at, (float *)(void *)blocks.slot[FM_DRAW]);
+          draw_block(&stream, law, at, (float *)(void *)blocks.slot[FM_DRAW]);
         } else {
           float draws[FM_BLOCK];
-          draw_block(o, law, (uint32_t)r, at, draws);
+          draw_block(&stream, law, at, draws);
           for (int i = 0; i < FM_BLOCK; i++) {
             blocks.slot[FM_DRAW][i] = (FM_REAL)draws[i];
           }
@@ -363,12 +391,9 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
         FM_NAME(add_tally)(&lanes, &exact, (at - chunk) % FM_LANES, slots.out, n, shape.tally);
       }
       if (random) {
-        random_block(o, (uint32_t)r, (uint64_t)at / 4, &words); /* at is a multiple of FM_BLOCK, hence of 4 */
-        for (int i = 0; i < FM_BLOCK; i++) {
-          order[i] = words.lane[i % 4][i / 4];
-        }
+        random_block(&stream, at, words);
       }
-      FM_NAME(close_slots)(&slots, row, shape, at, n, &blocks, random ? order : NULL, job->streaming);
+      FM_NAME(close_slots)(&slots, row, shape, at, n, &blocks, random ? words : NULL, job->streaming);
     }
     if (tallies) {
       FM_NAME(take_exact)(&lanes, &exact, used, shape.tally);
