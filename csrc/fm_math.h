@@ -251,48 +251,54 @@ FM_HD double fm_multiply(double *mantissa, double factor) {
   return fm_f64_bits(u >> 52 | 0x4330000000000000u) - (0x1p52 + 1023.0);
 }
 
-/* One weight's part of PACGen's sum, (|w| + N) max(sqrt c, 1 / N) squared: X / Y = (|w| + N)^2 max(c N^2, 1) / N^2.
- * X and Y stay products, so that no element needs a division, a root or a logarithm. What is not finite (a mantissa
- * below 2 times X is), or below the squares of float64, ends in `rest`, as a NaN, beside the count of capped weights; a
- * weight of 0 without neighbourhood adds nothing: X and Y are 0. */
+/* One weight's part of PACGen's sum, (|w| + N) max(sqrt c, 1 / N) squared: X / Y = (|w| + N)^2 max(c N^2, 1) / N^2,
+ * and 1 in `capped` if the maximum is 1. X and Y stay products, so that no element needs a division, a root or a
+ * logarithm. X >= Y, and a NaN of any input is one of X. */
 typedef struct fm_ratio {
-  double x, y;
+  double x, y, reach, capped;
 } fm_ratio;
 
-FM_HD fm_ratio fm_pacgen_ratio(double w, double h, double lipschitz, const fm_options *o, double *rest) {
+FM_HD fm_ratio fm_pacgen_ratio(double w, double h, double lipschitz, const fm_options *o) {
   const double magnitude = fabs(w), n = fma(o->gamma, magnitude, o->eps), square = n * n;
   const double raw = fma(o->lipschitz * lipschitz, n, o->curvature_scale * h), c = raw < 0.0 ? 0.0 : raw;
-  const double curved = c * square, reach = magnitude + n, x = reach * reach * (curved > 1.0 ? curved : 1.0);
-  const double least = reach < 0x1p-1022 ? reach : 0x1p-1022, capped = curved > 1.0 ? 0.0 : 1.0;
-  *rest = fma(x + x, 0.0, fma(c, 0.0, *rest + (square < least ? NAN : capped)));
-  const fm_ratio ratio = {x, square};
+  const double curved = c * square, reach = magnitude + n;
+  const bool capped = curved <= 1.0;
+  const fm_ratio ratio = {reach * reach * (!capped ? curved : 1.0), square, reach, !capped ? 0.0 : 1.0};
   return ratio;
 }
 
-/* Adds a weight to a lane that holds mantissas - 1 of its products and, in `mid`, the exponent of their ratio. */
+/* Adds a weight to a lane that holds mantissas - 1 of its products, in `mid` the exponent of their ratio and in `rest`
+ * the count of capped weights. What is not finite (a mantissa below 2 times X is) or below the squares of float64 makes
+ * `rest` a NaN; a weight of 0 without neighbourhood adds nothing: X and Y are 0. */
 FM_HD void fm_pacgen_term(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
-  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o, &to->rest);
+  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o);
+  const double least = r.reach < 0x1p-1022 ? r.reach : 0x1p-1022;
   const bool tiny = r.y < 0x1p-1022; /* X too, or `rest` is NaN */
+  to->rest = fma(r.x + r.x, 0.0, to->rest + (r.y < least ? NAN : r.capped));
   to->mid += fm_multiply(&to->big, tiny ? 1.0 : r.x) - fm_multiply(&to->small, tiny ? 1.0 : r.y);
 }
 
-/* The same where a lane has few weights, to the same bits in a fifth less time: products of mantissas in [1, 2), which
- * grow to 2^16 in the 16 weights that a lane of a chunk has, start at 1, and exponents are counted in the bits of
- * `mid`. fm_pacgen_settle makes the lane what the other would have left. On a GPU the kernel would need 174 registers
- * where the other needs 162, and a multiprocessor hold two blocks of it instead of three. */
-FM_HD void fm_pacgen_count(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
-  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o, &to->rest);
-  const uint64_t x = fm_bits_f64(r.x), y = fm_bits_f64(r.y);
-  to->mid = fm_f64_bits(fm_bits_f64(to->mid) + (x >> 52) - (y >> 52));
-  to->big *= fm_mantissa(x);
-  to->small *= fm_mantissa(y);
+/* The same where a lane has at most FM_PRODUCTS weights and their products stay in float64, to the same bits in half
+ * the time: a lane holds 1 + the products and, in `mid`, the sum of all X. */
+enum { FM_PRODUCTS = 16 };
+
+FM_HD void fm_pacgen_product(fm_sum *to, double w, double h, double lipschitz, const fm_options *o) {
+  const fm_ratio r = fm_pacgen_ratio(w, h, lipschitz, o);
+  to->mid += r.x;
+  to->big *= r.x;
+  to->small *= r.y;
+  to->rest += r.capped;
 }
 
+/* Whether all products on the way were normal numbers: none is above (2^40)^16, and none was below 2^-1022 if the last,
+ * after at most 15 factors of 2^40, is 2^-400 or more; those of X are the larger. A NaN is neither. */
+FM_HD bool fm_pacgen_normal(const fm_sum *lane) { return lane->mid <= 0x1p40 && lane->small >= 0x1p-400; }
+
+/* Makes such a lane what fm_pacgen_term would have left. */
 FM_HD void fm_pacgen_settle(fm_sum *lane) {
   const double x = lane->big, y = lane->small;
-  lane->mid = fm_f64_bits(fm_bits_f64(lane->mid) + 0x4330000000100000u) - (0x1p52 + 0x1p20); /* |mid| < 2^20 */
   lane->big = lane->small = 0.0;
-  lane->mid += fm_multiply(&lane->big, x) - fm_multiply(&lane->small, y);
+  lane->mid = fm_multiply(&lane->big, x) - fm_multiply(&lane->small, y);
 }
 
 FM_HD double fm_pacgen_of(fm_sum s) {

@@ -174,6 +174,13 @@ typedef struct fm_lanes {
   double mid[FM_LANES], big[FM_LANES], small[FM_LANES], rest[FM_LANES];
 } fm_lanes;
 
+/* How a chunk is added up. `full`: with the operands that a term can do without, weights of a norm or Lipschitz
+ * constants of PACGen; `products`: PACGen's as fm_pacgen_product does it. */
+typedef struct fm_way {
+  int term, scaling;
+  bool full, products;
+} fm_way;
+
 /* Lanes that stay in registers over the rows of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
 enum { FM_LANE_GROUP = 32 };
 
@@ -202,22 +209,30 @@ FM_INLINE void clear_lanes(fm_lanes *lanes, int used, bool parts) {
   }
 }
 
-/* PACGen's lanes hold products: see fm_pacgen_count. */
+/* PACGen's lanes as fm_pacgen_product takes them. */
 FM_INLINE void start_products(fm_lanes *lanes, int used) {
   for (int l = 0; l < used; l++) {
     lanes->big[l] = lanes->small[l] = 1.0;
   }
 }
 
-FM_INLINE void settle_products(fm_lanes *lanes, int used) {
+/* False, and nothing done, if a lane's products left the normal numbers. */
+FM_INLINE bool settle_products(fm_lanes *lanes, int used) {
+  uint64_t odd = 0; /* wide as the numbers: a bool kept this loop from being vectorised */
   for (int l = 0; l < used; l++) {
+    const fm_sum sum = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
+    odd |= fm_pacgen_normal(&sum) ? 0 : 1;
+  }
+  for (int l = 0; l < used && odd == 0; l++) {
     fm_sum sum = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
     fm_pacgen_settle(&sum);
     lanes->mid[l] = sum.mid;
     lanes->big[l] = sum.big;
     lanes->small[l] = sum.small;
   }
+  return odd == 0;
 }
+static_assert(FM_CHUNK / FM_LANES == FM_PRODUCTS, "fm_pacgen_settle");
 
 FM_INLINE void copy_lanes(fm_lanes *to, int at, const fm_lanes *from, int first, int count, bool parts) {
   const size_t bytes = (size_t)count * sizeof(double);

@@ -161,9 +161,9 @@ RULES = {
 def expected_fmas(kernel: str) -> dict[str, int]:
     """By type. The text of an update stands four times in PTX for each: of half of 8 elements in float, of halves of
     twice 4 in double. So normal draws, a quad at a time, stand once and twice; a truncated draw belongs to its element.
-    PACGen's term, with four in double, stands 16 times."""
+    PACGen's term, with three in double, stands 16 times."""
     if kernel == "pacgen":
-        return {"f64": 4 * 16}
+        return {"f64": 3 * 16}
     normal = 2 * drawing_fmas("fm_ln", "fm_turn")
     truncated = drawing_fmas("fm_normal_quantile", "fm_ln", "fm_normal_mass", "fm_exp2f")
     stated = stated_fmas(*RULES.get(kernel, ()))

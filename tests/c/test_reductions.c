@@ -363,6 +363,58 @@ void test_pacgen_limits(void) {
   }
 }
 
+/* A chunk's partial result by fm_pacgen_term alone: lane by lane, halves on halves. */
+static fm_sum pacgen_chunk(const fm_row *row, const fm_options *o) {
+  fm_sum lanes[FM_LANES] = {{0}};
+  for (int64_t i = 0; i < row->numel; i++) {
+    const fm_view *rho = &row->operand[FM_LIPSCHITZ];
+    fm_pacgen_term(&lanes[i % FM_LANES], get(&row->operand[FM_PARAM], i), get(&row->operand[FM_CURVATURE], i),
+                   rho->data != NULL ? get(rho, i) : 1.0, o);
+  }
+  for (int half = FM_LANES / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; l++) {
+      lanes[l] = fm_fold(lanes[l], lanes[l + half], FM_TERM_PACGEN);
+    }
+  }
+  return lanes[0];
+}
+
+/* Lanes whose products stay in float64 and lanes whose products leave it, be it on the way only, give the bits of
+ * fm_pacgen_term, which a GPU has. Weights lie between 2^-spread and 2^spread; or, without curvature, 11 of a lane's 16
+ * at 2^-spread and then 5 at 2^18, whose product is a normal number again. */
+void test_pacgen_products(void) {
+  static double w[FM_CHUNK], h[FM_CHUNK], rho[FM_CHUNK];
+  const int64_t sizes[] = {5, 300, FM_CHUNK};
+  fm_options o = {.gamma = 0.5, .curvature_scale = 1.0};
+  for (int k = 0; k <= 400; k++) {
+    const int spread = k / 2, falls = k % 2;
+    for (int64_t i = 0; i < FM_CHUNK; i++) {
+      const fm_quad words = fm_random_quad(1, (uint64_t)k, 3, (uint64_t)i);
+      const double between = (double)spread * fm_uniform(words.lane[1]);
+      const int exponent = !falls ? (int)between : i < 11 * FM_LANES ? -spread : 18;
+      w[i] = ldexp((double)fm_uniform(words.lane[0]), exponent);
+      h[i] = falls ? -1.0 : (double)fm_uniform(words.lane[2]);
+      rho[i] = (double)fm_uniform(words.lane[3]);
+    }
+    o.eps = k % 4 == 2 ? 0.25 : 0.0;
+    o.lipschitz = falls ? 0.0 : 0.3;
+    for (size_t s = 0; s < 2 * sizeof sizes / sizeof *sizes; s++) {
+      fm_row row = {.wide = true, .numel = sizes[s / 2], .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
+      row.operand[FM_CURVATURE] = (fm_view){(char *)h, NULL, FM_F64};
+      row.operand[FM_LIPSCHITZ] = (fm_view){s % 2 == 0 ? (char *)rho : NULL, NULL, FM_F64};
+      int64_t first_chunk[2];
+      fm_sum partial;
+      fm_list list = {&row, 1, first_chunk, &partial};
+      fm_list_plan(&list);
+      double result[2];
+      fm_pacgen(&list, &o, result, splits[0]);
+      const fm_sum want = pacgen_chunk(&row, &o);
+      CHECK(memcmp(&partial, &want, sizeof want) == 0, "%d, %lld weights: 2^%.17g (1 + %.17g) / (1 + %.17g)", k,
+            (long long)row.numel, partial.mid, partial.big, partial.small);
+    }
+  }
+}
+
 /* No digit is lost over ten million terms: a double that the logarithms are added to would lose three. */
 void test_pacgen_digits(void) {
   enum { COUNT = 10 * 1000 * 1000, PART = 4000 };

@@ -26,6 +26,7 @@
   X(reductions)      \
   X(pacgen)          \
   X(pacgen_limits)   \
+  X(pacgen_products) \
   X(pacgen_digits)   \
   X(forms)           \
   X(kernels)         \
