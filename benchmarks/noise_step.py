@@ -123,7 +123,8 @@ def targets_of(median: dict[str, float]) -> list[dict[str, Any]]:
     found = []
     for row, rival, required, goal in FASTER:
         speed = median[rival] / median[row]
-        found.append(target(f"{row}: times as fast as {rival}", speed, required, speed >= required, goal))
+        bound = median[rival] / median[COPY] if COPY in median else None
+        found.append(target(f"{row}: times as fast as {rival}", speed, required, speed >= required, goal, bound))
     for row, rival, most in WITHIN:
         if rival in median:
             over = median[row] / median[rival]

@@ -27,6 +27,7 @@ GROUP = 64  # limits.c takes this many elements at a time
 FLATMIN, TEXTBOOK, COMPILED = "flatmin.SAM", "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
+CALLS = "flatmin.SAM, calls alone"
 LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
 READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": True}
 

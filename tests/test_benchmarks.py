@@ -39,7 +39,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 def test_quick_has_a_row_for_everything_installed(quick: tuple[dict[str, Any], str]) -> None:
     report, table = quick
     rows = report["shapes"]["mnist"]["rows"]
-    expected = FLATMIN_ROWS | {"textbook eager SAM"}
+    expected = FLATMIN_ROWS | {"textbook eager SAM", "flatmin.SAM, calls alone"}
     if find_spec("pytorch_optimizer"):
         expected |= PEER_ROWS
     if shutil.which("cc"):
@@ -89,6 +89,18 @@ def test_quick_reports_targets(quick: tuple[dict[str, Any], str]) -> None:
     assert target["what"] == "extra copies of the parameters"
     assert target["met"] is (target["measured"] <= target["required"])
     assert target["met"]
+
+
+def test_targets_say_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster limit and the calls: 5 ms."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sam_step
+
+    times = {"flatmin.SAM": [8.0], "textbook eager SAM": [12.0], "limit, plain stores": [5.0]}
+    times |= {"limit, streaming stores": [4.0], "flatmin.SAM, calls alone": [1.0]}
+    speed, over, _ = sam_step._targets("resnet50", times, {"flatmin.SAM": 1.0})
+    assert (speed["measured"], speed["bound"], speed["met"]) == (1.5, 2.4, False)
+    assert (over["measured"], over["bound"], over["met"]) == (2.0, 1.25, False)
 
 
 @pytest.mark.parametrize(
