@@ -20,14 +20,13 @@ __all__ = ["AscentSet", "can_move", "check_radius"]
 
 
 def check_radius(rho: Any, name: str = "rho") -> None:
-    """``TypeError`` or ``ValueError`` unless ``rho`` can be a radius. A tensor's value is not read: that would sync."""
+    """``TypeError`` or ``ValueError`` unless ``rho`` can be a radius."""
     if isinstance(rho, Tensor):
         if rho.numel() != 1:
             raise ValueError(f"{name}: a tensor of shape {tuple(rho.shape)} given; a radius is a float or 0-dim tensor")
     elif not isinstance(rho, int | float):
         raise TypeError(f"{name}: {rho!r} given; a radius is a float or a 0-dim tensor")
-    elif not 0.0 <= rho < math.inf:
-        raise ValueError(f"{name}: {rho} given, but a radius is finite and not negative (0 switches SAM off)")
+    ops.check_finite_radius(rho, name)
 
 
 def can_move(group: dict[str, Any]) -> bool:

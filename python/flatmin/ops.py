@@ -224,7 +224,7 @@ def sam_ascend_(
     If ``rho`` is 0, or ``norm`` or the scale is not finite, the weights keep their bits; they are backed up all the
     same.
     """
-    _check_radius(rho)
+    check_finite_radius(rho)
     if not params:
         return
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
@@ -254,7 +254,7 @@ def sam_norm_ascend_(
     Returns:
         The norm: float64 0-dim tensor on the device of ``params``.
     """
-    _check_radius(rho)
+    check_finite_radius(rho)
     if not params:
         return torch.zeros((), dtype=torch.float64)
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
@@ -263,9 +263,10 @@ def sam_norm_ascend_(
     return result
 
 
-def _check_radius(rho: float | Tensor) -> None:
-    if isinstance(rho, float | int) and not 0.0 <= rho < math.inf:
-        raise ValueError(f"rho: {rho} given, but a radius is finite and not negative")
+def check_finite_radius(rho: float | Tensor, name: str = "rho") -> None:
+    """``ValueError`` for a number that is no radius. A tensor's value is not read: that would sync."""
+    if isinstance(rho, int | float) and not 0.0 <= rho < math.inf:
+        raise ValueError(f"{name}: {rho} given, but a radius is finite and not negative (0 switches SAM off)")
 
 
 def _ascent(
