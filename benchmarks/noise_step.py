@@ -12,6 +12,8 @@ Rows, all in one run, each timed once a round in shuffled order (sam_step.py say
 * a step of ``PerturbedOPT`` around SGD with momentum (uniform noise, restore, step, both averages) beside a step of
   ``SAM`` (norm, perturbation, restore, step); the same gradients stand in for those of a second backward.
 * ``pacgen`` beside one reading of its inputs.
+
+What the machine allows, beside the first two targets, is the copy in place of flatmin.
 """
 
 from __future__ import annotations

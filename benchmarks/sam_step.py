@@ -239,7 +239,7 @@ def _targets(name: str, times: dict[str, list[float]], extra: dict[str, float]) 
             speed = median[best] / median[FLATMIN]
             bound = median[best] / least if least else None
             yield target(f"times as fast as {best}", speed, required, speed >= required, goal, bound)
-    if limit and least and name in LIMIT_TARGETS:
+    if limit and name in LIMIT_TARGETS:
         over, required = median[FLATMIN] / limit, LIMIT_TARGETS[name]
         yield target("time over the limit", over, required, over <= required, bound=least / limit)
     if name == "overhead":

@@ -10,13 +10,6 @@ typedef struct FM_NAME(fm_blocks) {
 
 /* ---- load and store ---- */
 
-/* The values of an operand that is absent: filled in once, not block by block. */
-FM_INLINE void FM_NAME(fill_default)(int k, int64_t n, FM_REAL *block) {
-  for (int64_t i = 0; i < n; i++) {
-    block[i] = (FM_REAL)fm_default(k);
-  }
-}
-
 /* The values of an operand. */
 static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
   const char *raw = raw_block(v, at, n, (char *)scratch);
@@ -292,15 +285,16 @@ typedef struct FM_NAME(fm_slots) {
   FM_REAL *out[FM_SLOTS];
 } FM_NAME(fm_slots);
 
-/* What stays as it is over the blocks of a tensor. */
+/* What stays as it is over the blocks of a tensor, of which the first n elements of a slot are used: where there is an
+ * operand, and the values of one that is absent. */
 FM_INLINE void FM_NAME(set_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t n,
                                   FM_NAME(fm_blocks) * blocks) {
   for (int k = 0; k < FM_SLOTS; k++) {
     slots->in[k] = slots->out[k] = blocks->slot[k];
     if (k < FM_MAX_OPERANDS && row->operand[k].data == NULL) {
       slots->out[k] = blocks->unwanted;
-      if (shape.reads & FM_BIT(k)) {
-        FM_NAME(fill_default)(k, n, blocks->slot[k]);
+      for (int64_t i = 0; (shape.reads & FM_BIT(k)) && i < n; i++) {
+        blocks->slot[k][i] = (FM_REAL)fm_default(k);
       }
     }
   }
