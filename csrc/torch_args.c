@@ -76,24 +76,19 @@ static void open_list(fm_args *args, fm_arg *arg, StableIValue value) {
   if (tensors == NULL || handles == NULL) {
     return;
   }
-  size_t count = 0;
-  for (; count < size; count++) {
-    StableIValue element = 0;
-    if (torch_list_get_item(arg->list, count, &element)) {
-      fm_fail(args, "%s[%zu]: torch's C interface refused the element", arg->name, count);
-      break;
-    }
-    handles[count] = (fm_slot){.value = element}.tensor;
-    memset(&tensors[count], 0, sizeof tensors[count]);
-    describe(args, handles[count], &tensors[count]);
-  }
-  /* The list keeps the tensors alive. To find 1,000 handles again behind the streams of 5 M parameters took 0.4 ms, and
-   * to delete each where it is described 0.2 ms: the count's atomic decrease waits for every load before it. */
-  for (size_t i = 0; i < count; i++) {
-    aoti_torch_delete_tensor_object(handles[i]);
-  }
   arg->tensors = tensors;
-  arg->count = (int64_t)count;
+  arg->handles = handles;
+  for (size_t i = 0; i < size; i++) {
+    StableIValue element = 0;
+    if (torch_list_get_item(arg->list, i, &element)) {
+      fm_fail(args, "%s[%zu]: torch's C interface refused the element", arg->name, i);
+      return;
+    }
+    handles[i] = (fm_slot){.value = element}.tensor;
+    arg->count++;
+    memset(&tensors[i], 0, sizeof tensors[i]);
+    describe(args, handles[i], &tensors[i]);
+  }
 }
 
 static void open_tensor(fm_args *args, fm_arg *arg, StableIValue value) {
@@ -134,9 +129,28 @@ void fm_args_open(fm_args *args, int32_t device_type, const char *schema, const 
   }
 }
 
+/* By now the kernel's streams have driven handles and tensors out of the cache, and the count's atomic decrease waits
+ * for every load before it: found one by one, 1,000 of them took 0.4 ms. Hence they are asked for in advance, the
+ * tensors by the pointer that is all of a handle. */
+static void close_list(const fm_arg *arg) {
+  enum { HANDLES_AHEAD = 16, TENSORS_AHEAD = 8 };
+  for (int64_t i = -HANDLES_AHEAD; i < arg->count; i++) {
+    if (i + HANDLES_AHEAD < arg->count) {
+      __builtin_prefetch((const void *)arg->handles[i + HANDLES_AHEAD]);
+    }
+    if (i + TENSORS_AHEAD >= 0 && i + TENSORS_AHEAD < arg->count) {
+      __builtin_prefetch(*(const void *const *)(const void *)arg->handles[i + TENSORS_AHEAD]);
+    }
+    if (i >= 0) {
+      aoti_torch_delete_tensor_object(arg->handles[i]);
+    }
+  }
+}
+
 void fm_args_close(fm_args *args) {
   for (int a = 0; a < args->count; a++) {
     if (args->arg[a].list != NULL) {
+      close_list(&args->arg[a]);
       torch_delete_list(args->arg[a].list);
     }
     if (args->arg[a].tensor != NULL) {

@@ -34,6 +34,7 @@ typedef struct fm_arg {
   bool is_list;
   StableListHandle list;
   AtenTensorHandle tensor;
+  AtenTensorHandle *handles; /* of a list: perhaps all that keeps a tensor alive, as torch.jit hands over temporaries */
   fm_tensor *tensors;
   int64_t count;
   double number;   /* float */

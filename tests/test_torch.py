@@ -379,6 +379,19 @@ def test_inference_mode() -> None:
             assert all(same_bytes(p, e) for p, e in zip(params, make(0), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_temporaries_that_only_the_operator_holds() -> None:
+    """A script hands its lists over, unlike Python, which keeps its arguments: memory freed too early is overwritten."""
+
+    @torch.jit.script
+    def norm_of_multiples(x: Tensor) -> Tensor:
+        return torch.ops.flatmin.norm([x * 2.0, x * 3.0], [x * 0.0, x * 0.0], 2.0, 0, 0.0)
+
+    x = torch.arange(1.0, 1000.0)
+    want = ops.norm([x * 2.0, x * 3.0])
+    assert all(norm_of_multiples(x).item() == want.item() for _ in range(10))
+
+
 # ---- scalars and subclasses as torch code passes them ----
 
 
