@@ -63,6 +63,7 @@ int32_t aoti_torch_device_type_cpu(void);
 int32_t aoti_torch_device_type_cuda(void);
 
 /* Threads and errors. aoti_torch_check throws a C++ exception through our frames if cond is false: free first. */
+AOTITorchError torch_get_num_threads(uint32_t *out_num_threads);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void *ctx);
 void aoti_torch_check(bool cond, const char *func, const char *file, uint32_t line, const char *msg);
 
