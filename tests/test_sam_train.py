@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -34,6 +35,7 @@ from helpers import (
     wrappable_optimizers,
 )
 
+SGD_WITH_MOMENTUM = functools.partial(torch.optim.SGD, momentum=0.9)
 WAYS = [step_context, step_closure, step_davda54, step_halves]
 
 
@@ -230,6 +232,23 @@ def test_a_parameter_without_momentum_buffer_leaves_the_step_to_the_base() -> No
         opt = SAM(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), rho=0.1)
         train(net, opt, data[:2], step_closure if fused_first else step_context)
         opt.state[net[0].weight].clear()
+        train(net, opt, data[2:], step_closure)
+        results.append(weights(net))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("make", [SGD_WITH_MOMENTUM, torch.optim.Adam], ids=["SGD", "Adam"])
+def test_states_in_another_order_find_their_parameters(make) -> None:
+    """As they come to lie where a parameter got its first gradient late."""
+    results = []
+    for reorder in (False, True):
+        net, data = small_net(), batches(4)
+        opt = SAM(make(net.parameters(), lr=0.1), rho=0.1)
+        train(net, opt, data[:2], step_closure)
+        if reorder:
+            states = list(opt.state.items())
+            opt.state.clear()
+            opt.state.update(reversed(states))
         train(net, opt, data[2:], step_closure)
         results.append(weights(net))
     assert same_bits(*results)

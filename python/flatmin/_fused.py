@@ -89,6 +89,14 @@ def _are_numbers(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
+def _states(base: Optimizer, params: list[Tensor]) -> list[dict[str, Any] | None]:
+    """The state of each parameter, if it has one. A dict walks its values faster than it finds them, since a tensor's
+    hash is a call of Python: 8 us instead of 24 for 213."""
+    if len(base.state) == len(params) and all(map(is_, base.state, params)):
+        return list(base.state.values())
+    return list(map(base.state.get, params))
+
+
 def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
     lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
     if not _are_numbers(lr, momentum, dampening, weight_decay):
@@ -102,7 +110,7 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
     }
     if momentum == 0:
         return partial(bucket.restore_sgd, grads, [], lr, **options)
-    old: list[Any] = [state.get("momentum_buffer") if state else None for state in map(base.state.get, bucket.params)]
+    old: list[Any] = [state.get("momentum_buffer") if state else None for state in _states(base, bucket.params)]
     if all(map(is_not, old, repeat(None))):
         return partial(bucket.restore_sgd, grads, old, lr, **options)
     if all(map(is_, old, repeat(None))):
@@ -122,7 +130,8 @@ def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
     if not _are_numbers(lr, weight_decay, eps, *betas):
         return None
     amsgrad = bool(group["amsgrad"])
-    states = [base.state.get(p) or _new_adam_state(p, amsgrad) for p in bucket.params]
+    known = _states(base, bucket.params)
+    states = [state or _new_adam_state(p, amsgrad) for p, state in zip(bucket.params, known, strict=True)]
     if amsgrad and not all("max_exp_avg_sq" in state for state in states):
         return None
     steps = [state["step"] for state in states]
