@@ -381,7 +381,7 @@ def test_inference_mode() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_temporaries_that_only_the_operator_holds() -> None:
-    """A script hands its lists over, unlike Python, which keeps its arguments: memory freed too early is overwritten."""
+    """A script hands its lists over, unlike Python, which keeps its arguments: what is freed early is overwritten."""
 
     @torch.jit.script
     def norm_of_multiples(x: Tensor) -> Tensor:
