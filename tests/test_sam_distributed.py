@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +31,11 @@ def _worker(rank: int, port: int, body: Callable[..., None], args: tuple[Any, ..
         body(rank, *args)
     finally:
         dist.destroy_process_group()
+    # A thread of gloo that lets go of a tensor while Python shuts down aborts the process (pytorch issue 190489; two of
+    # 30 tests in a busy minute, on torch 2.14.1). All that the test is about has passed: leave without shutting down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_on_two(body: Callable[..., None], *args: Any) -> None:
