@@ -5,8 +5,8 @@
 #include <stdatomic.h>
 
 /* A range is dealt out in so many pieces: enough for a hundred threads to end together, and few, since each starts
- * with memory that nothing has asked for yet. */
-enum { FM_PIECES = 256, FM_MOST_SHARES = 256 };
+ * with memory that nothing has asked for yet. More threads than pieces would have nothing to do. */
+enum { FM_PIECES = 256, FM_MOST_SHARES = FM_PIECES };
 
 /* What is left of a part of a range. */
 typedef struct fm_share {

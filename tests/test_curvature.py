@@ -18,7 +18,7 @@ from helpers import Batch, batches, small_net
 EPS = 2.0**-52  # of float64
 
 # torch.func's forward mode scripts its decompositions with an interface that torch has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
 @pytest.fixture(autouse=True)
