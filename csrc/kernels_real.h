@@ -10,10 +10,13 @@ typedef struct FM_NAME(fm_blocks) {
 
 /* ---- load and store ---- */
 
+/* Whether the elements lie in memory as the arithmetic takes them. */
+FM_INLINE bool FM_NAME(is_native)(const fm_view *v) { return v->dtype == FM_NATIVE && v->layout == NULL; }
+
 /* The values of an operand. */
 static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_REAL *block, double *scratch) {
   const char *raw = raw_block(v, at, n, (char *)scratch);
-  if (v->dtype == FM_NATIVE && v->layout == NULL) {
+  if (FM_NAME(is_native)(v)) {
     return (const FM_REAL *)(const void *)raw;
   }
   if (v->dtype == FM_NATIVE) {
@@ -40,7 +43,7 @@ static const FM_REAL *FM_NAME(load)(const fm_view *v, int64_t at, int64_t n, FM_
 
 /* Where to compute a result: the tensor itself if its elements need no conversion and no streaming store. */
 FM_INLINE FM_REAL *FM_NAME(target)(const fm_view *v, int64_t at, FM_REAL *block, bool streaming) {
-  const bool direct = v->dtype == FM_NATIVE && v->layout == NULL && !streaming;
+  const bool direct = FM_NAME(is_native)(v) && !streaming;
   return direct ? (FM_REAL *)(void *)v->data + at : block;
 }
 
@@ -304,9 +307,6 @@ FM_INLINE void FM_NAME(open_slots)(FM_NAME(fm_slots) * slots, const fm_row *row,
                                    FM_NAME(fm_blocks) * blocks, bool streaming) {
 #define FM_OPEN(k)                                                                                                   \
   if ((shape.reads & FM_BIT(k)) && row->operand[k].data != NULL) {                                                   \
-    if ((k) != FM_PARAM || shape.copy != FM_COPY_TO_BACKUP) {                                                        \
-      ask_ahead(&row->operand[k], at, n);                                                                            \
-    }                                                                                                                \
     slots->in[k] = FM_NAME(load)(&row->operand[k], at, n, blocks->slot[k], blocks->scratch);                         \
   }                                                                                                                  \
   if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                                  \
@@ -327,6 +327,48 @@ FM_INLINE void FM_NAME(close_slots)(const FM_NAME(fm_slots) * slots, const fm_ro
 #undef FM_CLOSE
 }
 
+/* Whether an update reads and writes memory alone, all of it as the arithmetic takes it. */
+FM_INLINE bool FM_NAME(is_plain)(const fm_row *row, fm_shape shape) {
+  bool plain = shape.tally < 0 && !(shape.reads & FM_BIT(FM_DRAW));
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    plain = plain && (row->operand[k].data == NULL || FM_NAME(is_native)(&row->operand[k]));
+  }
+  return plain;
+}
+
+/* A whole block of a plain update: straight text for one length, two thirds of the time of the general way in cache. So
+ * few instructions go by a line of memory that the processor has the next lines under way: asking for them ahead made
+ * 4 x 4096^2 take 1.2 times as long (two cores of an EPYC). */
+FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_slots) * slots, const fm_row *row,
+                                           fm_shape shape, int64_t at, FM_NAME(fm_blocks) * blocks,
+                                           const FM_NAME(fm_rule) * rule, bool moves, bool streaming) {
+  const int64_t offset = at * (int64_t)sizeof(FM_REAL);
+  const size_t bytes = FM_BLOCK * sizeof(FM_REAL);
+  if (shape.copy != FM_COPY_NOTHING) {
+    const bool saves = shape.copy == FM_COPY_TO_BACKUP;
+    put_bytes(row->operand[saves ? FM_OLD : FM_PARAM].data + offset,
+              row->operand[saves ? FM_PARAM : FM_OLD].data + offset, bytes, streaming);
+  }
+  if (!moves || (shape.reads | shape.writes) == 0) {
+    return;
+  }
+#define FM_PLACE(k)                                                                    \
+  if (((shape.reads | shape.writes) & FM_BIT(k)) && row->operand[k].data != NULL) {    \
+    FM_REAL *const place = (FM_REAL *)(void *)(row->operand[k].data + offset);         \
+    slots->in[k] = place;                                                              \
+    slots->out[k] = streaming && !(shape.reads & FM_BIT(k)) ? blocks->slot[k] : place; \
+  }
+#define FM_STREAM(k)                                                                            \
+  if ((shape.writes & ~shape.reads & FM_BIT(k)) && row->operand[k].data != NULL && streaming) { \
+    put_bytes(row->operand[k].data + offset, (const char *)blocks->slot[k], bytes, true);       \
+  }
+  FM_EACH_OPERAND(FM_PLACE)
+  FM_NAME(apply_block)(update, form, slots->in, slots->out, FM_BLOCK, rule);
+  FM_EACH_OPERAND(FM_STREAM)
+#undef FM_PLACE
+#undef FM_STREAM
+}
+
 /* One update over a share of one tensor, for one form of it. */
 FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, int64_t end, fm_update update,
                                    int form) {
@@ -336,6 +378,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   const bool moves = update != FM_ASCEND || FM_NAME(fm_ascend_moves)(o);
   const bool random = update == FM_ASCEND && o->random && fm_dtype_size(row->operand[FM_PARAM].dtype) == 2;
   const bool tallies = shape.tally >= 0 && job->list->partials != NULL;
+  const bool plain = FM_NAME(is_plain)(row, shape);
   const int law = fm_law_of(update, o);
   FM_NAME(fm_rule) given;
   memset(&given, 0, sizeof given);
@@ -362,12 +405,14 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
     }
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
       const int64_t n = min64(FM_BLOCK, chunk_end - at);
+      if (plain && n == FM_BLOCK) {
+        FM_NAME(update_plain_block)(update, form, &slots, row, shape, at, &blocks, &rule, moves, job->streaming);
+        continue;
+      }
       if (shape.copy == FM_COPY_TO_BACKUP) {
-        ask_ahead(&row->operand[FM_PARAM], at, n);
         const char *bytes = raw_block(&row->operand[FM_PARAM], at, n, (char *)blocks.scratch);
         put_raw(&row->operand[FM_OLD], at, n, bytes, job->streaming);
       } else if (shape.copy == FM_COPY_FROM_BACKUP) {
-        ask_ahead(&row->operand[FM_OLD], at, n);
         const char *bytes = raw_block(&row->operand[FM_OLD], at, n, (char *)blocks.scratch);
         put_raw(&row->operand[FM_PARAM], at, n, bytes, job->streaming);
       }

@@ -152,6 +152,13 @@ void test_kernels(void) {
       check_same_bytes(&cases[k], &start, type);
       check_plain(&cases[k], &start, type);
       free_list(&start);
+      for (int operand = 0; operand < FM_MAX_OPERANDS; operand++) {
+        if (cases[k].operands & ~EXACT & FM_BIT(operand)) { /* alone float32 in every second row */
+          fm_list mixed = make_list(type, cases[k].operands, ~FM_BIT(operand));
+          check_plain(&cases[k], &mixed, type);
+          free_list(&mixed);
+        }
+      }
     }
   }
 }
