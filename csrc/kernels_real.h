@@ -125,9 +125,10 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *con
   }
 }
 
-/* Adds elements [begin, end) of a chunk to its lanes. */
-FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_row *row, int64_t begin, int64_t end, const fm_options *o,
-                                  fm_way way) {
+/* Adds elements [begin, end) of row r, a chunk, to its lanes. */
+FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t r, int64_t begin, int64_t end,
+                                  const fm_options *o, fm_way way) {
+  const fm_row *row = &list->rows[r];
   const int group = way.term == FM_TERM_PACGEN ? FM_LANE_GROUP / 2 : FM_LANE_GROUP; /* four sums a lane */
   const bool parts = fm_has_parts(way.term, FM_NATIVE == FM_F64);
   const unsigned own = way.term == FM_TERM_PACGEN ? FM_BIT(FM_PARAM) | FM_BIT(FM_CURVATURE) : FM_BIT(FM_GRAD);
@@ -146,7 +147,14 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_row *row, int64_t be
       v[operands[b]] = FM_NAME(load)(&row->operand[operands[b]], begin, n, blocks[b], scratch);
     }
   }
-  for (int first = 0; rows > 0 && first < FM_LANES; first += group) {
+  int first = 0;
+#ifdef __FMA__
+  if (way.term == FM_TERM_SQUARE && FM_NATIVE == FM_F32 && !way.full && rows > 0) {
+    square_lanes(lanes->mid, (const float *)(const void *)v[FM_GRAD], rows, gradients_behind(list, r, end));
+    first = FM_LANES;
+  }
+#endif
+  for (; rows > 0 && first < FM_LANES; first += group) {
     fm_lanes held;
     copy_lanes(&held, 0, lanes, first, group, parts);
     for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
@@ -182,11 +190,11 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     if (pacgen) {
       start_products(&lanes, used);
     }
-    FM_NAME(add_chunk)(&lanes, row, chunk, chunk_end, &options, way);
+    FM_NAME(add_chunk)(&lanes, job->list, r, chunk, chunk_end, &options, way);
     if (pacgen && !settle_products(&lanes, used)) {
       way.products = false;
       clear_lanes(&lanes, used, parts);
-      FM_NAME(add_chunk)(&lanes, row, chunk, chunk_end, &options, way);
+      FM_NAME(add_chunk)(&lanes, job->list, r, chunk, chunk_end, &options, way);
     }
     job->list->partials[job->list->first_chunk[r] + chunk / FM_CHUNK] =
         fold_lanes(&lanes, used, term, FM_NATIVE == FM_F64);
