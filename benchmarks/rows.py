@@ -43,13 +43,18 @@ def _grads(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def flatmin_fused(params: list[Tensor]) -> Step:
-    """As a user has it: restore and SGD step in one pass."""
+def flatmin_halves(params: list[Tensor]) -> tuple[Step, Step]:
+    """As a user has it: the ascent; restore and SGD step in one pass."""
     optimizer = flatmin.SAM(_base(params), rho=RHO)
+    return optimizer.ascend, optimizer.step
+
+
+def flatmin_fused(params: list[Tensor]) -> Step:
+    ascend, descend = flatmin_halves(params)
 
     def step() -> None:
-        optimizer.ascend()
-        optimizer.step()
+        ascend()
+        descend()
 
     return step
 

@@ -16,9 +16,13 @@ has to move (10 streams of 4 bytes per parameter) over its time, whatever the ro
 what torch allocated beyond parameters, gradients and momentum, in copies of the parameters; SAM needs one. The
 ``limit`` rows move the 10 streams over flat arrays in C (limits.c); the faster of the two is the machine's limit, and
 ``read`` and ``copy`` give the bandwidth of 1 and 2 streams. ``calls alone`` is a step of as many one-element tensors,
-right after one of the real tensors, whose streams leave nothing of torch's objects in the cache: what Python and the
-dispatcher take. Beside a target stands what the machine allows: the limit and such calls in place of flatmin. Rows
-whose package is not installed are left out, and so are the limits without a C compiler (``CC``, else ``cc``).
+each half of it right after a step of the real tensors, whose streams leave nothing of torch's objects in the cache:
+what Python and the dispatcher take. Beside a target stands what the machine allows: the limit and such calls in place
+of flatmin. Rows whose package is not installed are left out, and so are the limits without a C compiler (``CC``, else
+``cc``).
+
+Each shape set has a process of its own, and its tensors are made before anything is compiled: what torch.compile leaves
+of the heap is so scattered that the calls of a step over tensors made later take 1.7 times as long.
 
 On a GPU a row's time is that of the device, by CUDA events, with all launches in the queue beforehand; ``host`` is how
 long the host takes to launch a step. The limit is the bandwidth of a copy of 1 GiB, and docs/traffic.md derives what
@@ -35,6 +39,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +62,7 @@ from rows import (
     Step,
     builders,
     compile_limits,
-    flatmin_fused,
+    flatmin_halves,
     limit_steps,
 )
 from shapes import SHAPE_SETS, Shape
@@ -155,16 +161,16 @@ def first_gpu() -> Machine:
     return Machine(gpu.DEVICE, gpu.milliseconds, extra, lambda _: gpu.copy_step())
 
 
-def calls_alone(tensors: int, before: Step, rounds: int) -> list[float]:
-    """Times in ms of a step of so many tensors of one element, each right after the step ``before``."""
-    step = flatmin_fused(parameters([(1,)] * tensors, [torch.ones(1) for _ in range(tensors)]))
-    for _ in range(WARM_UP_STEPS):
-        step()
+def calls_alone(halves: Sequence[Step], before: Step, rounds: int) -> list[float]:
+    """Times in ms of a step in halves, each right after the step ``before``."""
     times = []
-    for _ in range(rounds):
-        settled_milliseconds(before)
-        times.append(milliseconds(step))
-    return times
+    for _ in range(WARM_UP_STEPS + rounds):
+        spent = 0.0
+        for half in halves:
+            settled_milliseconds(before)
+            spent += milliseconds(half)
+        times.append(spent)
+    return times[WARM_UP_STEPS:]
 
 
 def measure(name: str, rounds: int, with_compile: bool, machine: Machine) -> dict[str, Any]:
@@ -173,17 +179,17 @@ def measure(name: str, rounds: int, with_compile: bool, machine: Machine) -> dic
     elements = sum(math.prod(shape) for shape in shapes)
     generator = torch.Generator().manual_seed(1)
     grads = [(1e-2 * torch.randn(shape, generator=generator)).to(machine.device) for shape in shapes]
-    torch.compiler.reset()
     rows = builders(with_compile, with_foreach=machine.is_gpu)
     weights = {row: parameters(shapes, grads) for row in rows}
     steps = {row: build(weights[row]) for row, build in rows.items()}
+    small = flatmin_halves(parameters([(1,)] * len(shapes), [torch.ones(1) for _ in shapes]))
     warm_up = {row: sum(milliseconds(step) for _ in range(WARM_UP_STEPS)) for row, step in steps.items()}
     check_agreement(weights)
     if moves_data(name):
         steps |= machine.limits(elements)
     times = interleaved(steps, rounds, name, machine.timed)
     if moves_data(name) and not machine.is_gpu:
-        times[CALLS] = calls_alone(len(shapes), steps[FLATMIN], rounds)
+        times[CALLS] = calls_alone(small, steps[FLATMIN], rounds)
     host = gpu.host_medians(steps, rounds) if machine.is_gpu else {}
     del steps, weights
     extra = {row: machine.extra_bytes(build, shapes, grads) / (ITEMSIZE * elements) for row, build in rows.items()}
@@ -288,22 +294,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure_on(name: str, device: str, threads: int, rounds: int, with_compile: bool) -> dict[str, Any]:
+    """:func:`measure` on a device with so many threads, in this process."""
+    torch.set_num_threads(threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise prints two lines on stderr for every row
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
+        machine = first_gpu() if device == "cuda" else cpu(compile_limits(Path(folder)), Path(folder))
+        return measure(name, rounds, with_compile and moves_data(name), machine)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    torch.set_num_threads(args.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise prints two lines on stderr for every row
     report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "shapes": {}}
     if args.device == "cuda":
         report["environment"] |= gpu.environment()
     print_environment(report["environment"])
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
-        on_gpu = args.device == "cuda"
-        machine = first_gpu() if on_gpu else cpu(compile_limits(Path(folder)), Path(folder))
-        for name in args.shapes:
-            with_compile = moves_data(name) and not args.no_compile
-            report["shapes"][name] = measure(name, args.rounds, with_compile, machine)
-            print_report(name, report["shapes"][name])
+    for name in args.shapes:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            done = fresh.submit(measure_on, name, args.device, args.threads, args.rounds, not args.no_compile)
+        report["shapes"][name] = done.result()
+        print_report(name, report["shapes"][name])
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
