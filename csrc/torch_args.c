@@ -6,8 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { FM_LABEL_LENGTH = FM_NAME_LENGTH + 24 };
-
 /* ---- memory and errors ---- */
 
 typedef struct fm_memory {
@@ -163,7 +161,7 @@ void fm_args_close(fm_args *args) {
 /* ---- checks of one tensor ---- */
 
 /* "grads[3]" for an element of a list, "norm" for a tensor. */
-static const char *label(const fm_arg *arg, int64_t i, char text[FM_LABEL_LENGTH]) {
+const char *fm_label(const fm_arg *arg, int64_t i, char text[FM_LABEL_LENGTH]) {
   if (arg->is_list) {
     snprintf(text, FM_LABEL_LENGTH, "%s[%" PRId64 "]", arg->name, i);
   } else {
@@ -188,13 +186,13 @@ static bool check_place(fm_args *args, const fm_arg *arg, int64_t i) {
   char text[FM_LABEL_LENGTH];
   const fm_tensor *t = &arg->tensors[i];
   if (t->layout != aoti_torch_layout_strided()) {
-    return fm_fail(args, "%s is sparse; give a dense tensor (t.to_dense())", label(arg, i, text));
+    return fm_fail(args, "%s is sparse; give a dense tensor (t.to_dense())", fm_label(arg, i, text));
   }
   if (args->device_index < 0) {
     args->device_index = t->device_index;
   }
   if (t->device_type != args->device_type || t->device_index != args->device_index) {
-    return fm_fail(args, "%s is on another device than the others; call once for each device", label(arg, i, text));
+    return fm_fail(args, "%s is on another device than the others; call once for each device", fm_label(arg, i, text));
   }
   return true;
 }
@@ -207,7 +205,7 @@ static bool take_view(fm_args *args, const fm_arg *arg, int64_t i, fm_view *view
   }
   if (!float_dtype(t->dtype, &view->dtype)) {
     return fm_fail(args, "%s is neither float32, float64, bfloat16 nor float16; convert it (complex: view_as_real)",
-                   label(arg, i, text));
+                   fm_label(arg, i, text));
   }
   view->data = t->data;
   return true;
@@ -230,7 +228,7 @@ static bool order_of(fm_args *args, const fm_arg *arg, const fm_tensor *t, fm_or
       continue;
     }
     if (order->count == FM_MAX_DIMS) {
-      return fm_fail(args, "%s has more than %d dimensions; reshape it", label(arg, i, text), FM_MAX_DIMS);
+      return fm_fail(args, "%s has more than %d dimensions; reshape it", fm_label(arg, i, text), FM_MAX_DIMS);
     }
     int k = order->count++;
     for (; k > 0 && t->stride[order->dim[k - 1]] < t->stride[d]; k--) {
@@ -254,7 +252,7 @@ static bool check_no_overlap(fm_args *args, const fm_arg *arg, int64_t i) {
     const int d = order.dim[k];
     if (t->stride[d] <= reach) {
       return fm_fail(args, "%s overlaps itself in memory (expanded?); give it memory of its own (t.clone())",
-                     label(arg, i, text));
+                     fm_label(arg, i, text));
     }
     reach += (t->size[d] - 1) * t->stride[d];
   }
@@ -341,12 +339,12 @@ static bool take_operand(fm_args *args, const fm_operand *first, const fm_operan
     }
     if (!same_sizes(&lead->tensors[i], &arg->tensors[i])) {
       return fm_fail(args, "%s has other sizes than %s[%" PRId64 "]; give tensors of the same sizes",
-                     label(arg, i, text), lead->name, i);
+                     fm_label(arg, i, text), lead->name, i);
     }
     fm_dtype own = FM_F32;
     float_dtype(lead->tensors[i].dtype, &own);
     if (view->dtype != own && view->dtype != FM_F32 && operand->use != FM_READ_ANY_TYPE) {
-      return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", label(arg, i, text),
+      return fm_fail(args, "%s has neither the type of %s[%" PRId64 "] nor float32; convert it", fm_label(arg, i, text),
                      lead->name, i);
     }
     fm_order order;
@@ -440,128 +438,6 @@ bool fm_take_backup(fm_args *args, int a, fm_list *list) {
                    "%s must be a contiguous uint8 tensor of %" PRId64 " elements for these %" PRId64
                    " parameters; allocate it with flatmin.ops.backup_like(params)",
                    arg->name, needed, list->count);
-  }
-  return true;
-}
-
-/* ---- memory shared between written tensors ---- */
-
-typedef struct fm_extent {
-  const char *begin, *end; /* first byte, one past the last */
-  fm_view view;
-  int arg;
-  int64_t item, numel;
-} fm_extent;
-
-static fm_extent extent_of(const fm_view *v, int64_t numel, int arg, int64_t item) {
-  int64_t last = numel - 1;
-  if (v->layout != NULL) {
-    last = 0;
-    for (int d = 0; d < v->layout->dims; d++) {
-      last += (v->layout->size[d] - 1) * v->layout->stride[d];
-    }
-  }
-  const char *end = v->data + (last + 1) * (int64_t)fm_dtype_size(v->dtype);
-  return (fm_extent){v->data, end, *v, arg, item, numel};
-}
-
-/* Shell's sort with Ciura's gaps. The lists of a step arrive in long ascending runs, on which it does little: for 426
- * tensors it takes 6 us where qsort takes 25. */
-static void sort_extents(fm_extent *extents, int64_t n) {
-  static const int64_t gaps[] = {1750, 701, 301, 132, 57, 23, 10, 4, 1};
-  for (size_t g = 0; g < sizeof gaps / sizeof *gaps; g++) {
-    for (int64_t i = gaps[g]; i < n; i++) {
-      const fm_extent moving = extents[i];
-      int64_t k = i;
-      for (; k >= gaps[g] && extents[k - gaps[g]].begin > moving.begin; k -= gaps[g]) {
-        extents[k] = extents[k - gaps[g]];
-      }
-      extents[k] = moving;
-    }
-  }
-}
-
-/* Marks every byte of a tensor in `map`, which starts at byte `base`; false if one is marked already. */
-static bool mark_bytes(const fm_extent *extent, const char *base, unsigned char *map) {
-  const fm_view *v = &extent->view;
-  const int64_t size = (int64_t)fm_dtype_size(v->dtype);
-  for (int64_t i = 0; i < extent->numel; i++) {
-    int64_t offset = i, rest = i;
-    if (v->layout != NULL) {
-      offset = 0;
-      for (int d = v->layout->dims - 1; d >= 0; d--) {
-        offset += rest % v->layout->size[d] * v->layout->stride[d];
-        rest /= v->layout->size[d];
-      }
-    }
-    unsigned char *at = map + (v->data - base) + offset * size;
-    if (at[0] != 0 || at[size - 1] != 0) {
-      return false;
-    }
-    memset(at, 1, (size_t)size);
-  }
-  return true;
-}
-
-static bool fail_shared(fm_args *args, const fm_extent *a, const fm_extent *b) {
-  char first[FM_LABEL_LENGTH], second[FM_LABEL_LENGTH];
-  return fm_fail(args, "%s and %s share memory; give each tensor once, with memory of its own",
-                 label(&args->arg[a->arg], a->item, first), label(&args->arg[b->arg], b->item, second));
-}
-
-/* Extents that intersect: shared memory for sure if one of the two is dense, otherwise views may interleave (x[::2] and
- * x[1::2]) without a common element. Those are marked byte by byte: slow, but few have such parameters. */
-static bool check_group(fm_args *args, const fm_extent *extents, int64_t count) {
-  const char *end = extents[0].end;
-  for (int64_t i = 1; i < count; i++) {
-    end = extents[i].end > end ? extents[i].end : end;
-    if (extents[i - 1].begin == extents[i].begin || (extents[i - 1].view.layout == NULL)) {
-      return fail_shared(args, &extents[i - 1], &extents[i]);
-    }
-  }
-  unsigned char *map = calloc((size_t)(end - extents[0].begin), 1);
-  if (map == NULL) {
-    return fm_fail(args, "out of memory: %lld bytes to see whether strided views overlap",
-                   (long long)(end - extents[0].begin));
-  }
-  int64_t clash = 0;
-  for (int64_t i = 0; i < count && clash == 0; i++) {
-    clash = mark_bytes(&extents[i], extents[0].begin, map) ? 0 : i;
-  }
-  free(map);
-  return clash == 0 || fail_shared(args, &extents[clash - 1], &extents[clash]);
-}
-
-bool fm_check_disjoint(fm_args *args, const fm_operand *operands, int count, int backup, const fm_list *list) {
-  fm_extent *extents = fm_args_alloc(args, (size_t)(list->count * count + 1) * sizeof *extents);
-  if (extents == NULL) {
-    return false;
-  }
-  int64_t n = 0;
-  for (int k = 0; k < count; k++) {
-    for (int64_t i = 0; operands[k].use == FM_WRITE && i < list->count; i++) {
-      const fm_view *v = &list->rows[i].operand[operands[k].operand];
-      if (list->rows[i].numel > 0 && v->data != NULL) {
-        extents[n++] = extent_of(v, list->rows[i].numel, operands[k].arg, i);
-      }
-    }
-  }
-  if (backup >= 0 && args->arg[backup].tensors[0].numel > 0) { /* bytes, always an even number of them */
-    const fm_tensor *t = &args->arg[backup].tensors[0];
-    const fm_view whole = {t->data, NULL, FM_BF16};
-    extents[n++] = extent_of(&whole, t->numel / 2, backup, 0);
-  }
-  sort_extents(extents, n);
-  for (int64_t i = 0; i < n;) { /* groups whose extents touch one another */
-    const char *end = extents[i].end;
-    int64_t next = i + 1;
-    for (; next < n && extents[next].begin < end; next++) {
-      end = extents[next].end > end ? extents[next].end : end;
-    }
-    if (next - i > 1 && !check_group(args, extents + i, next - i)) {
-      return false;
-    }
-    i = next;
   }
   return true;
 }

@@ -9,7 +9,7 @@
 #include "fm_ops.h"
 #include "torch_abi.h"
 
-enum { FM_MAX_ARGS = 24, FM_NAME_LENGTH = 32, FM_ERROR_LENGTH = 384 };
+enum { FM_MAX_ARGS = 24, FM_NAME_LENGTH = 32, FM_LABEL_LENGTH = FM_NAME_LENGTH + 24, FM_ERROR_LENGTH = 384 };
 
 /* A slot of torch's stack, by what the schema says is in it. */
 typedef union fm_slot {
@@ -59,6 +59,9 @@ void *fm_args_alloc(fm_args *args, size_t bytes);
 
 /* Keeps the first message. Returns false, so that a check can `return fm_fail(...)`. */
 bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* An argument in a message: its name, with the index if it is a list. `text` may hold the answer. */
+const char *fm_label(const fm_arg *arg, int64_t i, char text[FM_LABEL_LENGTH]);
 
 /* How the operator uses a list. A norm multiplies in double and reads any floating type beside any other. */
 typedef enum fm_use { FM_READ, FM_READ_ANY_TYPE, FM_WRITE } fm_use;

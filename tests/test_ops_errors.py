@@ -356,16 +356,33 @@ def test_a_parameter_given_twice(op: str, shared: str) -> None:
     assert_refused(op, arguments, "params[1]", "params[3]", "share memory", "each tensor once")
 
 
-def test_interleaved_parameters_are_no_overlap() -> None:
-    """x[::2] and x[1::2] share an address range but no element."""
+INTERLEAVED: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "every second": lambda t: [t[::2], t[1::2]],
+    "dense pieces in the gaps of a column": lambda t: [t.view(20, 3)[:, 0], *t.view(20, 3)[:, 1:].unbind()],
+}
+
+
+@pytest.mark.parametrize("split", INTERLEAVED)
+def test_interleaved_parameters_are_no_overlap(split: str) -> None:
+    """Those of one list share an address range but no element."""
     t = torch.zeros(60)
-    params = [t[::2], t[1::2]]
+    params = INTERLEAVED[split](t)
     backup = ops.backup_like(params)
     norm = torch.ones((), dtype=torch.float64)
-    ops.sam_ascend_(params, [torch.ones(30), -torch.ones(30)], backup, norm, 0.5)
-    assert t[::2].eq(0.5).all() and t[1::2].eq(-0.5).all()
+    signs = [1.0 if i == 0 else -1.0 for i in range(len(params))]
+    grads = [torch.full(p.shape, sign) for p, sign in zip(params, signs, strict=True)]
+    ops.sam_ascend_(params, grads, backup, norm, 0.5)
+    for p, sign in zip(params, signs, strict=True):
+        assert p.eq(0.5 * sign).all()
     ops.restore_(params, backup)
     assert t.eq(0.0).all()
+
+
+def test_of_interleaved_parameters_those_that_overlap_are_named() -> None:
+    t = torch.zeros(60)
+    arguments = {"params": [t[::2], t[1::2], t[2::4]], "grads": [torch.ones(30), torch.ones(30), torch.ones(15)]}
+    arguments = good_sam_ascend() | arguments | {"backup": ops.backup_like(arguments["params"])}
+    assert_refused("sam_ascend_", arguments, "params[0]", "params[2]", "share memory")
 
 
 @pytest.mark.parametrize("name", ["momentum_buffers", "backup"])
