@@ -67,8 +67,9 @@ static bool fail_shared(fm_args *args, const fm_extent *a, const fm_extent *b) {
                  fm_label(&args->arg[a->arg], a->item, first), fm_label(&args->arg[b->arg], b->item, second));
 }
 
-/* Extents that intersect: shared memory for sure if one of the two is dense, otherwise views may interleave (x[::2] and
- * x[1::2]) without a common element. Those are marked byte by byte: slow, but few have such parameters. */
+/* Extents that intersect: shared memory for sure if one begins within a dense one, or where another begins. Otherwise
+ * views may interleave (x[::2] and x[1::2]) without a common element. Those are marked byte by byte: slow, but few have
+ * such parameters. */
 static bool check_group(fm_args *args, const fm_extent *extents, int64_t count) {
   const char *end = extents[0].end;
   for (int64_t i = 1; i < count; i++) {

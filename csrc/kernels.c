@@ -1,5 +1,6 @@
 /* The loops of every operator over its tensors. Compiled once per instruction set (FM_KERNELS_NAME names the table);
- * the compiler vectorises one text, so all tables give the same bits.
+ * the compiler vectorises one text, so all tables give the same bits. The sums of squares are written out for FMA,
+ * where a float's square in double is exact: the same bits again.
  *
  * Data passes through blocks of FM_BLOCK elements: load (a pointer where no conversion is needed), compute in float or
  * double, store. A block stays in L1, so whatever is done to it costs no memory traffic; the streams that remain are
@@ -319,6 +320,15 @@ FM_INLINE fm_shape shape_of_form(fm_update update, int form) {
   shape.reads &= ~fm_absent(update, form);
   shape.writes &= ~fm_absent(update, form);
   return shape;
+}
+
+/* What an update copies besides, to the backup or from it. */
+FM_INLINE const fm_view *copy_source(const fm_row *row, fm_shape shape) {
+  return &row->operand[shape.copy == FM_COPY_TO_BACKUP ? FM_PARAM : FM_OLD];
+}
+
+FM_INLINE const fm_view *copy_target(const fm_row *row, fm_shape shape) {
+  return &row->operand[shape.copy == FM_COPY_TO_BACKUP ? FM_OLD : FM_PARAM];
 }
 
 /* X(k) for each slot k that an update can read or write: straight text, so that arrays of slots become registers. */

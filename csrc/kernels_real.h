@@ -366,9 +366,7 @@ FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(f
   const int64_t offset = at * (int64_t)sizeof(FM_REAL);
   const size_t bytes = FM_BLOCK * sizeof(FM_REAL);
   if (shape.copy != FM_COPY_NOTHING) {
-    const bool saves = shape.copy == FM_COPY_TO_BACKUP;
-    put_bytes(row->operand[saves ? FM_OLD : FM_PARAM].data + offset,
-              row->operand[saves ? FM_PARAM : FM_OLD].data + offset, bytes, streaming);
+    put_bytes(copy_target(row, shape)->data + offset, copy_source(row, shape)->data + offset, bytes, streaming);
   }
   if (!moves || (shape.reads | shape.writes) == 0) {
     return;
@@ -430,12 +428,9 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
         FM_NAME(update_plain_block)(update, form, &slots, row, shape, at, &blocks, &rule, moves, job->streaming);
         continue;
       }
-      if (shape.copy == FM_COPY_TO_BACKUP) {
-        const char *bytes = raw_block(&row->operand[FM_PARAM], at, n, (char *)blocks.scratch);
-        put_raw(&row->operand[FM_OLD], at, n, bytes, job->streaming);
-      } else if (shape.copy == FM_COPY_FROM_BACKUP) {
-        const char *bytes = raw_block(&row->operand[FM_OLD], at, n, (char *)blocks.scratch);
-        put_raw(&row->operand[FM_PARAM], at, n, bytes, job->streaming);
+      if (shape.copy != FM_COPY_NOTHING) {
+        const char *bytes = raw_block(copy_source(row, shape), at, n, (char *)blocks.scratch);
+        put_raw(copy_target(row, shape), at, n, bytes, job->streaming);
       }
       if (!moves || (shape.reads | shape.writes) == 0) {
         continue;
