@@ -18,7 +18,9 @@ from helpers import Batch, batches, small_net
 EPS = 2.0**-52  # of float64
 
 # torch.func's forward mode scripts its decompositions with an interface that torch has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -379,7 +379,8 @@ def test_inference_mode() -> None:
             assert all(same_bytes(p, e) for p, e in zip(params, make(0), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # a DeprecationWarning in 2.13, a FutureWarning in 2.14
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch 2.13
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch 2.14
 def test_temporaries_that_only_the_operator_holds() -> None:
     """A script hands its lists over, unlike Python, which keeps its arguments: what is freed early is overwritten."""
 
