@@ -19,10 +19,11 @@ EPOCHS ?= 3
 JOBS ?= 2
 ARGS ?=
 BIN := $(abspath $(VENV))/bin
-SOURCES := $(wildcard csrc/*.[ch] cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh python/flatmin/*.py) python/flatmin/py.typed \
+SOURCES := $(shell find csrc cuda python -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') python/flatmin/py.typed \
            CMakeLists.txt setup.py pyproject.toml README.md LICENSE
-C_FILES := $(wildcard csrc/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp tests/emu/*.[ch] tests/emu/*.cpp \
+C_FILES := $(wildcard csrc/*/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp tests/emu/*.[ch] tests/emu/*.cpp \
            benchmarks/*.c)
+INCLUDES := -Icsrc/math -Icsrc/core -Icsrc/cpu -Icsrc/torch -Icuda
 # kernels.c is checked twice: what is written for one instruction set is not there in the other.
 LINT_MARCH := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4)
 
@@ -77,10 +78,10 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
-	for file in $(filter-out csrc/torch_stub.c,$(wildcard csrc/*.c cuda/*.c tests/c/*.c)); do \
-	  $(BIN)/clang-tidy --quiet $$file -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=1 -Icsrc -Icuda || exit 1; \
+	for file in $(filter-out csrc/torch/torch_stub.c,$(wildcard csrc/*/*.c cuda/*.c tests/c/*.c)); do \
+	  $(BIN)/clang-tidy --quiet $$file -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=1 $(INCLUDES) || exit 1; \
 	done
-	$(BIN)/clang-tidy --quiet csrc/kernels.c -- -std=c17 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=4 -Icsrc $(LINT_MARCH)
+	$(BIN)/clang-tidy --quiet csrc/cpu/kernels.c -- -std=c17 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=4 $(INCLUDES) $(LINT_MARCH)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict python/flatmin

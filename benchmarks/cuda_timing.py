@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin import _lib
-from rows import Builder, Step
+from flatmin.ops import _library
+from peers import Builder, Step
 
 DEVICE = torch.device("cuda", 0)
 COPY, COPY_BYTES = "copy of 1 GiB by torch", 2**30
@@ -21,7 +21,7 @@ def unusable() -> str | None:
     """Why nothing can be measured here, if so."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
-    if "cuda" not in _lib.DEVICES:
+    if "cuda" not in _library.DEVICES:
         return "flatmin has no CUDA kernels here: it was built without nvcc, or for a newer driver"
     return None
 

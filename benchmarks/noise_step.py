@@ -32,7 +32,7 @@ from torch import Tensor
 
 import flatmin
 from flatmin import ops
-from rows import FLATMIN, Step, compile_limits, flatmin_fused, limit_steps
+from peers import FLATMIN, Step, compile_limits, flatmin_fused, limit_steps
 from shapes import SHAPE_SETS
 from timing import environment, interleaved, print_environment, print_targets, settled_milliseconds, target
 

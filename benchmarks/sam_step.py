@@ -48,8 +48,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import gpu
-from rows import (
+import cuda_timing
+from peers import (
     CALLS,
     COMPILED,
     COPIES,
@@ -156,9 +156,9 @@ def cpu(library: ctypes.CDLL | None, folder: Path) -> Machine:
 
 def first_gpu() -> Machine:
     def extra(build: Builder, shapes: Sequence[Shape], grads: Sequence[Tensor]) -> int:
-        return gpu.extra_bytes(build, parameters(shapes, grads), WARM_UP_STEPS)
+        return cuda_timing.extra_bytes(build, parameters(shapes, grads), WARM_UP_STEPS)
 
-    return Machine(gpu.DEVICE, gpu.milliseconds, extra, lambda _: gpu.copy_step())
+    return Machine(cuda_timing.DEVICE, cuda_timing.milliseconds, extra, lambda _: cuda_timing.copy_step())
 
 
 def calls_alone(halves: Sequence[Step], before: Step, rounds: int) -> list[float]:
@@ -190,7 +190,7 @@ def measure(name: str, rounds: int, with_compile: bool, machine: Machine) -> dic
     times = interleaved(steps, rounds, name, machine.timed)
     if moves_data(name) and not machine.is_gpu:
         times[CALLS] = calls_alone(small, steps[FLATMIN], rounds)
-    host = gpu.host_medians(steps, rounds) if machine.is_gpu else {}
+    host = cuda_timing.host_medians(steps, rounds) if machine.is_gpu else {}
     del steps, weights
     extra = {row: machine.extra_bytes(build, shapes, grads) / (ITEMSIZE * elements) for row, build in rows.items()}
     return {
@@ -208,8 +208,8 @@ def moves_data(name: str) -> bool:
 
 
 def _moved_bytes(row: str, elements: int) -> int:
-    if row == gpu.COPY:
-        return 2 * gpu.COPY_BYTES
+    if row == cuda_timing.COPY:
+        return 2 * cuda_timing.COPY_BYTES
     if row == CALLS:
         return 0
     return (1 if row == READ else 2 if row in COPIES else STREAMS) * ITEMSIZE * elements
@@ -267,8 +267,8 @@ def print_report(name: str, result: dict[str, Any]) -> None:
         host = "" if values["host_ms"] is None else f"{values['host_ms']:.3f}"
         numbers = f"{values['median_ms']:9.3f} {values['ratio']:7.2f} {values['gb_per_s']:7.1f}"
         print(f"  {row:34} {numbers} {extra:>7} {host:>7}".rstrip())
-    if gpu.COPY in result["rows"]:
-        share = result["rows"][FLATMIN]["gb_per_s"] / result["rows"][gpu.COPY]["gb_per_s"]
+    if cuda_timing.COPY in result["rows"]:
+        share = result["rows"][FLATMIN]["gb_per_s"] / result["rows"][cuda_timing.COPY]["gb_per_s"]
         print(f"  {FLATMIN} moves its {STREAMS} streams at {share:.0%} of the bandwidth of a copy")
     if result["compile_seconds"] is not None:
         print(f"  torch.compile took {result['compile_seconds']:.0f} s, not in its row")
@@ -289,7 +289,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.shapes, args.rounds, args.no_compile = ["mnist"], 3, True
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
-    if args.device == "cuda" and (reason := gpu.unusable()):
+    if args.device == "cuda" and (reason := cuda_timing.unusable()):
         parser.error(f"--device cuda: {reason}")
     return args
 
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "shapes": {}}
     if args.device == "cuda":
-        report["environment"] |= gpu.environment()
+        report["environment"] |= cuda_timing.environment()
     print_environment(report["environment"])
     for name in args.shapes:
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh:

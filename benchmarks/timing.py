@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rows import Step
+from peers import Step
 
 SETTLE_SECONDS = 0.01  # an OpenMP thread without work spins for 5 to 7 ms before it sleeps (measured, GNU OpenMP)
 BUSY_LOAD = 0.5  # runnable processes, mean of the last minute: above it the medians are not to be quoted

@@ -12,7 +12,7 @@ extern "C" {
 int64_t fm_cuda_partials(int64_t chunks);
 
 /* Launch an operator on `stream` of the current device; NULL, or what CUDA says went wrong. `scalars` and `result` are
- * on the device; see csrc/fm_ops.h for what is in `result`, and csrc/backend.h for an update's. */
+ * on the device; see csrc/core/fm_ops.h for what is in `result`, and csrc/torch/backend.h for an update's. */
 const char *fm_cuda_norm(const fm_list *list, const fm_options *options, double *result, void *stream);
 const char *fm_cuda_ties(const fm_list *list, const fm_options *options, const fm_scalars *scalars, double *result,
                          void *stream);

@@ -1,4 +1,4 @@
-/* The CUDA grid over the formulas of csrc/fm_math.h: the same chunks, lanes and trees as csrc/kernels.c, hence the same
+/* The CUDA grid over the formulas of csrc/math/fm_math.h: the same chunks, lanes and trees as csrc/cpu/kernels.c, hence the same
  * bits. No atomics; nothing depends on alignment or on the number of blocks.
  *
  * A launch carries its table of tensors in the kernel's arguments (32,764 bytes since sm_70), so a pass over 250
@@ -169,7 +169,7 @@ FM_DEVICE fm_sum fm_shuffle_down(fm_sum s, unsigned by, bool parts) {
   return t;
 }
 
-/* The lanes of a chunk in halves on halves, as fold_lanes in csrc/kernels.c: thread t of a warp has lanes 8 t to
+/* The lanes of a chunk in halves on halves, as fold_lanes in csrc/cpu/kernels.c: thread t of a warp has lanes 8 t to
  * 8 t + 7. The sum is thread 0's. */
 template <int TERM, bool WIDE>
 FM_DEVICE fm_sum fm_fold_lanes(fm_sum *lanes) {
@@ -267,7 +267,7 @@ FM_DEVICE void fm_finish_with(fm_finish finish, fm_sum total, double q, double *
 }
 
 /* Ten levels of the tree over n <= FM_CUDA_FOLD neighbours, in place; an odd element out moves up unpaired, as in
- * core.c. The sum is in held[0]. */
+ * reduce.c. The sum is in held[0]. */
 FM_DEVICE void fm_fold_block(fm_sum *held, int n, int term) {
   for (int step = 1; step < FM_CUDA_FOLD; step *= 2) {
     const int i = 2 * step * (int)threadIdx.x;

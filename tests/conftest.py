@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import machine
+import requirements
 
 settings.register_profile(
     "flatmin",
@@ -39,16 +39,16 @@ _left_out: Counter[str] = Counter()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda(devices=1, gib=0): runs on so many GPUs, with so much memory")
-    config.addinivalue_line("markers", "requires(part): needs a part that machine.PARTS names")
+    config.addinivalue_line("markers", "requires(part): needs a part that requirements.PARTS names")
 
 
 def _missing(item: pytest.Item) -> str | None:
     """The first part that a test needs and this machine has not."""
     gpu = item.get_closest_marker("cuda")
-    if gpu is not None and (part := machine.gpu_missing(**gpu.kwargs)):
+    if gpu is not None and (part := requirements.gpu_missing(**gpu.kwargs)):
         return part
     parts = [mark.args[0] for mark in item.iter_markers("requires")]
-    return next((part for part in parts if not machine.PARTS[part]), None)
+    return next((part for part in parts if not requirements.PARTS[part]), None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@
 
 #define FM_INLINE static inline __attribute__((always_inline))
 
-#include "draw_block.h"
+#include "philox_simd.h"
 
 enum { FM_CACHE_LINE = 64 };
 

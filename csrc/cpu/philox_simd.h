@@ -4,8 +4,8 @@
  * on AVX2, against 0.7 with these). Words lie in 64-bit lanes, since the vector multiplication takes the lower half of
  * each and gives 64 bits; what XORs leave in the upper halves never gets into a product. The quads of a vector are
  * ordered so that the words come out in the order of the elements from unpacking alone. */
-#ifndef FM_DRAW_BLOCK_H
-#define FM_DRAW_BLOCK_H
+#ifndef FM_PHILOX_SIMD_H
+#define FM_PHILOX_SIMD_H
 
 enum { FM_ROUNDS = 10 };
 

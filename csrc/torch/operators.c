@@ -535,7 +535,7 @@ static AOTITorchError implement(const char *name, const char *key, void (*boxed)
          torch_library_impl(impl, name, boxed, FM_TORCH_ABI_VERSION);
 }
 
-/* python/flatmin/_lib.py finds an operator missing, should torch refuse one, and says what to do. */
+/* python/flatmin/ops/_library.py finds an operator missing, should torch refuse one, and says what to do. */
 __attribute__((constructor)) static void register_operators(void) {
   const fm_backend *backend = &fm_this_backend;
   TorchLibraryHandle def = NULL;

@@ -67,7 +67,7 @@ AOTITorchError torch_get_num_threads(uint32_t *out_num_threads);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void *ctx);
 void aoti_torch_check(bool cond, const char *func, const char *file, uint32_t line, const char *msg);
 
-/* CUDA, in libtorch_cuda: only cuda/register.c calls these. The guard selects a device until it is deleted. */
+/* CUDA, in libtorch_cuda: only cuda/backend_cuda.c calls these. The guard selects a device until it is deleted. */
 AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle *ret_guard);
 AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void **ret_stream);

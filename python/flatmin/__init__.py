@@ -4,14 +4,16 @@
 
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
 
-:class:`SAM` wraps any torch optimizer; :func:`pacgen` and :mod:`flatmin.curvature` measure how flat a minimum is;
-:mod:`flatmin.ops` holds the operators for loops of your own.
+:class:`SAM` and :class:`PerturbedOPT` wrap any torch optimizer (:mod:`flatmin.optim`); :func:`pacgen`,
+:mod:`flatmin.sharpness` and :mod:`flatmin.curvature` measure how flat a minimum is; :mod:`flatmin.ops` holds the
+operators for loops of your own.
 """
 
-from . import curvature, ops
-from ._pacgen import PACGen, pacgen
-from .noise import PerturbedOPT
-from .sam import SAM
+from . import curvature, ops, optim, reference, sharpness
+from . import noise as noise
+from . import sam as sam
+from .optim import SAM, PerturbedOPT
+from .sharpness import PACGen, pacgen
 
-__all__ = ["SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "pacgen"]
+__all__ = ["SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "optim", "pacgen", "reference", "sharpness"]
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .ops import on_device
+from ._devices import on_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FLATMIN_ROWS = {"flatmin.SAM", "flatmin.SAM, plain base step", "flatmin.ops"}
 PEER_ROWS = {"pytorch-optimizer SAM, foreach off", "pytorch-optimizer SAM, foreach on"}
 STEP_LIMIT_ROWS = {"limit, plain stores", "limit, streaming stores"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from machine import CPU_LIBRARY, CUDA_LIBRARY
+from requirements import CPU_LIBRARY, CUDA_LIBRARY
 
 #: Where the system's C library and compiler keep their own.
 SYSTEM = {"libm.so.6", "libc.so.6"}
@@ -123,7 +123,7 @@ def test_every_kernel_takes_its_roots_and_divisions_by_vectors() -> None:
 @every_library
 def test_no_build_path_is_left_in_the_library(library: Path) -> None:
     """Two machines that build the same sources get the same file, and it tells nothing about either."""
-    source = Path(__file__).resolve().parents[1]
+    source = Path(__file__).resolve().parents[2]
     assert str(source).encode() not in library.read_bytes()
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import machine
-from flatmin import _lib
-from machine import CUDA_LIBRARY
+import requirements
+from flatmin.ops import _library
+from requirements import CUDA_LIBRARY
 
-ROOT = Path(__file__).resolve().parents[1]
-FORMULAS, RANDOM = ROOT / "csrc" / "fm_formulas.h", ROOT / "csrc" / "fm_random.h"
+ROOT = Path(__file__).resolve().parents[2]
+FORMULAS, RANDOM = ROOT / "csrc/math/fm_formulas.h", ROOT / "csrc/math/fm_random.h"
 
 #: A released wheel: code for each of these, and PTX of the newest for what comes after it. sm_80 serves 86 and 89.
 RELEASED = "75-real 80-real 90-real 100-real 120"
@@ -69,8 +69,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
     folder = tmp_path_factory.mktemp("ptx")
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:([^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     assert flags is not None
-    includes = [f"-I{ROOT / name}" for name in ("csrc", "cuda")]
-    command = [machine.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
+    includes = [f"-I{ROOT / name}" for name in ("csrc/math", "csrc/core", "cuda")]
+    command = [requirements.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
     keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / "kernels.cubin")]
     source = str(ROOT / "cuda" / "kernels.cu")
     run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
@@ -202,7 +202,7 @@ def test_ptxas_spills_nothing(compiled: tuple[dict[str, str], str]) -> None:
 
 def dumped(*options: str) -> str:
     """What cuobjdump says of the library. It calls nvdisasm, which lies beside it."""
-    tool = machine.cuobjdump()
+    tool = requirements.cuobjdump()
     path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])
     run = subprocess.run(
         [tool, *options, CUDA_LIBRARY], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
@@ -268,7 +268,7 @@ def has_kernel(name: str, key: str) -> bool:
 
 @pytest.mark.requires("a build with nvcc")
 @pytest.mark.requires("a CUDA build of torch")
-@pytest.mark.parametrize("name", _lib.OPERATORS)
+@pytest.mark.parametrize("name", _library.OPERATORS)
 def test_every_operator_has_a_kernel_for_each_device(name: str) -> None:
     """Sparse keys too: there the call ends in a message that names the argument."""
     keys = ("CPU", "SparseCPU", "SparseCsrCPU", "CUDA", "SparseCUDA", "SparseCsrCUDA")
@@ -280,7 +280,7 @@ def test_every_operator_has_a_kernel_for_each_device(name: str) -> None:
 def test_cuda_tensors_take_the_kernels_only_if_the_driver_runs_them() -> None:
     """Without a driver the library loads, reports that it is not ready, and breaks nothing."""
     ready = torch.ops.flatmin.cuda_ready()
-    assert ready is ("cuda" in _lib.DEVICES)
+    assert ready is ("cuda" in _library.DEVICES)
     assert not ready or torch.cuda.is_available()
 
 
@@ -291,22 +291,22 @@ def test_shape_functions_take_cuda_tensors() -> None:
         params, steps = [torch.empty(3, device="cuda")], [torch.empty(())]
         backup = torch.empty(64, dtype=torch.uint8, device="cuda")
         scalar = torch.empty((), dtype=torch.float64, device="cuda")
-        _lib.OPERATORS["restore_adam_"](
+        _library.OPERATORS["restore_adam_"](
             params, params, params, params, [], steps, backup, scalar, 0.9, 0.999, 1e-8, 0.0, False, False, False
         )
         with pytest.raises(RuntimeError, match="tensors on different devices"):
-            _lib.OPERATORS["restore_sgd_"](
+            _library.OPERATORS["restore_sgd_"](
                 params, [torch.empty(3)], [], backup, scalar, 0.0, 0.0, 0.0, False, False, False
             )
-        assert _lib.OPERATORS["norm"](params, [], 2.0, 0, 0.01).device.type == "cuda"
+        assert _library.OPERATORS["norm"](params, [], 2.0, 0, 0.01).device.type == "cuda"
 
 
 @pytest.mark.requires("a CPU build of torch")
-@pytest.mark.parametrize("name", _lib.OPERATORS)
+@pytest.mark.parametrize("name", _library.OPERATORS)
 def test_a_cpu_build_of_torch_never_loads_the_library(name: str) -> None:
     """Asked of the loader's own list of libraries too: a library can be loaded and register nothing."""
     assert has_kernel(name, "CPU")
     assert not has_kernel(name, "CUDA")
-    assert "cuda" not in _lib.DEVICES
+    assert "cuda" not in _library.DEVICES
     assert not hasattr(torch.ops.flatmin, "cuda_ready")
     assert CUDA_LIBRARY.name not in Path("/proc/self/maps").read_text()

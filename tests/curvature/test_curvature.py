@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jvp
 
 from flatmin import curvature
-from helpers import Batch, batches, small_net
+from models import Batch, batches, small_net
 
 EPS = 2.0**-52  # of float64
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import flatmin._pacgen
+import flatmin
 from flatmin import curvature, ops
-from flatmin._measure import Measurement, Part
-from helpers import Batch, batches, raw, same_bits, small_net
+from flatmin.curvature._measurement import Measurement, Part
+from models import Batch, batches, raw, same_bits, small_net
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ MEASURES: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "exact": lambda net, loss, data: curvature.exact_diag(net, loss, data, params=[net[5].weight]),
     "lipschitz": lambda net, loss, data: curvature.lipschitz(net, loss, data, probes=1),
     "sharpness": lambda net, loss, data: curvature.expected_sharpness(net, loss, data, scale=0.1, samples=2),
-    "pacgen": lambda net, loss, data: flatmin._pacgen.pacgen(net, loss, data, samples=1, noise_samples=1),
+    "pacgen": lambda net, loss, data: flatmin.pacgen(net, loss, data, samples=1, noise_samples=1),
 }
 GNB = {"gnb": lambda net, loss, data: curvature.gnb_diag(net, loss, data, samples=2)}
 
@@ -273,7 +273,7 @@ def test_parameters_on_several_devices() -> None:
         assert trace.samples == 2
         assert trace.value == pytest.approx(sum(float(t.sum()) for t in found.value), rel=1e-10)
     exact = curvature.exact_diag(net, F.cross_entropy, data)
-    by_one = flatmin._pacgen.pacgen(net, F.cross_entropy, data, curvature=exact, lipschitz=1.0, noise_samples=1)
+    by_one = flatmin.pacgen(net, F.cross_entropy, data, curvature=exact, lipschitz=1.0, noise_samples=1)
     rows = ops.pacgen(list(net.parameters()), exact, gamma=0.1, eps=0.1, lipschitz=1.0)
     assert [layer.psi for layer in by_one.layers] == rows[:, 0].tolist()
     quotients = curvature.lipschitz(net, F.cross_entropy, data, diag="exact", mode="element")

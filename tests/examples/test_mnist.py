@@ -19,7 +19,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "mnist.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "mnist.py"
 REAL_DATA = os.environ.get("FLATMIN_MNIST")
 FINAL_LINE = re.compile(
     r"Final test accuracy: (?P<percent>\d+\.\d\d)% \((?P<correct>\d+)/(?P<tested>\d+)\), "

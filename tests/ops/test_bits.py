@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import bits_digest
-from cases import filled, same_bytes
 from flatmin import ops
+from problems import filled, same_bytes
 
 # ---- instruction sets and threads ----
 

@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from cases import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
-from flatmin import ops
-from flatmin.sam import SAM
-from helpers import same_bits
-from runs import (
+from flatmin import SAM, ops
+from models import same_bits
+from operator_runs import (
     ADAM_OPTIONS,
     SGD_OPTIONS,
     Options,
@@ -36,6 +34,7 @@ from runs import (
     sgd_step,
     step_with_averages,
 )
+from problems import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
 
 pytestmark = pytest.mark.cuda
 

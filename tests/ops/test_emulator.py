@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import test_bits
+import test_ops
+import test_ops_errors
+import test_ops_noise
+import test_ops_steps
 import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bits_digest
-import test_bits
-import test_ops
-import test_ops_errors
-import test_ops_noise
-import test_ops_steps
-from cases import DTYPES, filled, same_bytes, same_memory
-from flatmin import _lib, ops
+from flatmin import ops
+from flatmin.ops import _library
+from problems import DTYPES, filled, same_bytes, same_memory
 
-LIBRARY = Path(os.environ.get("FLATMIN_EMULATOR", Path(__file__).parents[1] / "build" / "tests" / "_C_emu.so"))
+LIBRARY = Path(os.environ.get("FLATMIN_EMULATOR", Path(__file__).parents[2] / "build" / "tests" / "_C_emu.so"))
 if not LIBRARY.exists():
     raise FileNotFoundError(f"{LIBRARY}: run `make ctest`, which builds it, or set FLATMIN_EMULATOR to where it is")
 torch.ops.load_library(LIBRARY)
@@ -70,7 +71,7 @@ def assert_same_memory(got: Any, want: Any, where: str) -> None:
 
 
 class AllKernels:
-    """What takes the place of ``flatmin._lib.OPERATORS[name]``."""
+    """What takes the place of ``flatmin._library.OPERATORS[name]``."""
 
     def __init__(self, name: str) -> None:
         self.c = getattr(torch.ops.flatmin, name).default
@@ -114,8 +115,8 @@ def all_kernels() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the emulator has one, and the others of torch would spin meanwhile
     with pytest.MonkeyPatch.context() as patch:
-        for name in _lib.OPERATORS:
-            patch.setitem(_lib.OPERATORS, name, AllKernels(name))
+        for name in _library.OPERATORS:
+            patch.setitem(_library.OPERATORS, name, AllKernels(name))
         yield
     torch.set_num_threads(threads)
     settings.load_profile("flatmin")
@@ -157,7 +158,7 @@ def test_the_cuda_kernels_run() -> None:
 def test_every_operator_has_a_cuda_kernel() -> None:
     names = {str(name) for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")}
     cpu = {name.split("::")[1] for name in names if name.startswith("flatmin::")}
-    assert cpu == set(_lib.OPERATORS)
+    assert cpu == set(_library.OPERATORS)
     assert {name.split("::")[1] for name in names if name.startswith("flatmin_emu::")} == cpu
 
 

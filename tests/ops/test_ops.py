@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import (
+from flatmin import ops, reference
+from flatmin.ops import _library
+from problems import (
     ADAPTIVE,
     DTYPES,
     P_NORMS,
@@ -24,7 +26,6 @@ from cases import (
     same_memory,
     twins,
 )
-from flatmin import _lib, ops, reference
 
 Adaptive = bool | str
 
@@ -40,7 +41,7 @@ def norm_error(q: float) -> float:
 
 def test_cpu_tensors_run_the_c_kernels() -> None:
     """Without this the comparisons with the reference below would compare the reference with itself."""
-    assert "cpu" in _lib.DEVICES
+    assert "cpu" in _library.DEVICES
     assert torch.ops.flatmin.isa() in (1, 3, 4)
 
 

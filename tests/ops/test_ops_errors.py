@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import memory
-from flatmin import _lib, ops
+from flatmin import ops
+from flatmin.ops import _library
+from problems import memory
 
 Arguments = dict[str, Any]
 
@@ -184,7 +185,7 @@ COUNTING = {"sam_norm_ascend_", "restore_sgd_curvature_", "restore_adam_curvatur
 
 
 def call(op: str, arguments: Arguments) -> Any:
-    return _lib.OPERATORS[op](*arguments.values())
+    return _library.OPERATORS[op](*arguments.values())
 
 
 def flat(arguments: Arguments) -> list[Tensor]:
@@ -592,6 +593,6 @@ def test_the_fallback_refuses_too(spoil: Callable[[Tensor], Tensor], advice: str
 
 
 def test_a_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lib, "_LIBRARY", _lib._LIBRARY.with_name("absent.so"))
+    monkeypatch.setattr(_library, "_LIBRARY", _library._LIBRARY.with_name("absent.so"))
     with pytest.raises(ImportError, match=r"absent\.so is missing.*pip install"):
-        _lib._load()
+        _library._load()

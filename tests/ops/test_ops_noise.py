@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import (
+from flatmin import ops, reference
+from problems import (
     DTYPES,
     LAYOUTS,
     Problem,
@@ -27,7 +28,6 @@ from cases import (
     same_memory,
     twins,
 )
-from flatmin import ops, reference
 
 LAWS = ("uniform", "normal", "truncated_normal", "rademacher")
 

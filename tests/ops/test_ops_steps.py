@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import (
+from flatmin import ops, reference
+from problems import (
     DTYPES,
     Problem,
     arithmetic_eps,
@@ -24,7 +25,6 @@ from cases import (
     same_memory,
     twins,
 )
-from flatmin import ops, reference
 
 #: A bias, tails on both sides of a vector, a buffer and a chunk, and a matrix with strides of its own.
 SHAPES = [(3,), (17,), (1023,), (4097,), (33, 65)]

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from cases import filled, same_bytes, twins
 from flatmin import ops
+from problems import filled, same_bytes, twins
 
 SHAPES = [(5,), (4, 3), (0,), (2, 3, 4, 5)]
 

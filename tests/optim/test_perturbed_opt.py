@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin.noise import PerturbedOPT
-from helpers import (
+from flatmin import PerturbedOPT
+from models import (
     backward,
     batches,
     distance,
@@ -26,7 +26,7 @@ from helpers import (
     train_bare,
     weights,
 )
-from noise_runs import (
+from popt_reference import (
     MIXED,
     WAYS,
     draws_of,

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from test_sam_distributed import WORLD, gathered, halves, run_on_two
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from flatmin import ops
-from flatmin.noise import PerturbedOPT
-from helpers import Batch, batches, distance, loss_of, same_bits, small_net, weights
-from noise_runs import MIXED, in_context, momentum_sgd, run
-from test_sam_distributed import WORLD, gathered, halves, run_on_two
+from flatmin import PerturbedOPT, ops
+from models import Batch, batches, distance, loss_of, same_bits, small_net, weights
+from popt_reference import MIXED, in_context, momentum_sgd, run
 
 
 def noisy(net: nn.Module, **options: Any) -> PerturbedOPT:
@@ -119,7 +118,7 @@ def _shards_draw_for_themselves(rank: int, data: list[Batch]) -> None:
     with opt.perturb():
         moved = [p.to_local().detach().clone() for p in net.parameters()]
         shares = []
-        for w, v, entry in zip(before, moved, opt._set.tracks.values(), strict=True):
+        for w, v, entry in zip(before, moved, opt._set.states.values(), strict=True):
             n = MIXED["gamma"] * w.abs() + MIXED["eps"]
             c = entry.curvature.to_local() / (1 - MIXED["beta1"] ** len(data)) + opt._set.rho * n
             shares.append((v - w) / torch.minimum(MIXED["scale"] / c.sqrt(), n))

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin._clock import Alarm
-from flatmin.noise import PerturbedOPT
-from flatmin.sam import SAM
-from helpers import (
+from flatmin import SAM, PerturbedOPT
+from flatmin.optim.perturbed_opt._nonfinite import NonFiniteFlag
+from models import (
     batches,
     build,
     distance,
@@ -25,7 +24,7 @@ from helpers import (
     weights,
     wrappable_optimizers,
 )
-from noise_runs import WAYS, momentum_sgd, noisy_net, run
+from popt_reference import WAYS, momentum_sgd, noisy_net, run
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +71,7 @@ def test_a_curvature_that_is_not_finite_moves_no_weight(bad: float, way) -> None
         return
     net, opt = noisy_net()
     run(net, opt, data[:2])
-    opt._set.tracks[net[2].bias].curvature[1] = bad
+    opt._set.states[net[2].bias].curvature[1] = bad
     before, called = weights(net), []
     for action in (opt.ascend, lambda: opt.step(lambda: called.append(1))):
         with pytest.raises(RuntimeError, match=r"the curvature of param_groups\[0\]\['params'\]\[3\] is not finite"):
@@ -94,17 +93,17 @@ def test_the_alarm_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    alarm, event = Alarm(), Event()
-    alarm._pending += [(event, torch.tensor(0.0)), (event, torch.tensor(2.0))]
-    assert not alarm.rung(wait=True)  # a capture forbids to ask
+    flag, event = NonFiniteFlag(), Event()
+    flag._pending += [(event, torch.tensor(0.0)), (event, torch.tensor(2.0))]
+    assert not flag.poll(wait=True)  # a capture forbids to ask
     capturing = False
-    assert not alarm.rung()
-    assert alarm.rung(wait=True)
-    assert not alarm.rung()
-    alarm._pending.append((event, torch.tensor(True)))
-    assert alarm.rung()
-    alarm.hear(torch.tensor(math.nan))
-    assert alarm.rung()
+    assert not flag.poll()
+    assert flag.poll(wait=True)
+    assert not flag.poll()
+    flag._pending.append((event, torch.tensor(True)))
+    assert flag.poll()
+    flag.record(torch.tensor(math.nan))
+    assert flag.poll()
 
 
 # ---- arguments ----

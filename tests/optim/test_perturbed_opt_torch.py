@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from flatmin.noise import PerturbedOPT
-from helpers import (
+from flatmin import PerturbedOPT
+from models import (
     backward,
     batches,
     build,
@@ -29,7 +29,7 @@ from helpers import (
     train_bare,
     weights,
 )
-from noise_runs import MIXED, WAYS, curvatures, in_context, momentum_sgd, noisy_net, run
+from popt_reference import MIXED, WAYS, curvatures, in_context, momentum_sgd, noisy_net, run
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin import _fused, ops
-from flatmin.noise import PerturbedOPT
-from helpers import (
+from flatmin import PerturbedOPT, ops
+from flatmin.optim import _fused
+from models import (
     backward,
     batches,
     build,
@@ -24,7 +24,7 @@ from helpers import (
     train_bare,
     weights,
 )
-from noise_runs import (
+from popt_reference import (
     MIXED,
     WAYS,
     Popt1,

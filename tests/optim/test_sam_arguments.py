@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.sam import SAM
-from helpers import (
+from flatmin import SAM
+from models import (
     build,
     give_grads,
     params_of,

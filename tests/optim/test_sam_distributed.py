@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from flatmin.sam import SAM
-from helpers import Batch, batches, distance, loss_of, same_bits, small_net, train, weights
+from flatmin import SAM
+from models import Batch, batches, distance, loss_of, same_bits, small_net, train, weights
 
 WORLD = 2
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin.sam import SAM
-from helpers import (
+from flatmin import SAM
+from models import (
     backward,
     batches,
     loss_of,

@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.profiler import ProfilerActivity, profile
 
-from flatmin.sam import SAM
-from helpers import (
+from flatmin import SAM
+from models import (
     Batch,
     backward,
     batches,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from flatmin import _fused
-from flatmin.sam import SAM
-from helpers import (
+from flatmin import SAM
+from flatmin.optim import _fused
+from models import (
     Batch,
     backward,
     batches,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatmin import curvature, ops
-from flatmin._bound import Bound, NoiseBound, optimal_sigma
-from flatmin._pacgen import PACGen, pacgen
-from helpers import batches, small_net
+from flatmin.sharpness import PACGen, pacgen
+from flatmin.sharpness._pac_bayes import Bound, NoiseBound, optimal_sigma
+from models import batches, small_net
 
 
 @pytest.fixture(autouse=True)

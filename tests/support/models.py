@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.sam import SAM
+from flatmin import SAM
 
 Batch = tuple[Tensor, Tensor]
 BaseBuilder = Callable[[Iterable[Any]], torch.optim.Optimizer]

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import LAYOUTS, Problem, fill
 from flatmin import ops
+from problems import LAYOUTS, Problem, fill
 
 Options = dict[str, Any]
 

@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.image import imread
 from numpy.typing import NDArray
 from PIL import Image
-
 from test_mnist import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, digits, write_idx
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "pacgen"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "pacgen"
 sys.path.insert(0, str(SCRIPTS))  # as `python examples/pacgen/…` does
 
 import _intervals  # noqa: E402

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin import ops
-from flatmin.noise import PerturbedOPT
-from helpers import Batch, backward, closure_of, loss_of, small_net
+from flatmin import PerturbedOPT, ops
+from models import Batch, backward, closure_of, loss_of, small_net
 
 #: Sizes with which part of the weights of :func:`helpers.small_net` is capped, and part is sized by the curvature.
 #: Quotients of steps above 1e-4 have a relative rounding error of 1e-16 / 1e-4, which does not grow out of hand.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import flatmin
-from flatmin import _lib
+from flatmin.ops import _library
 
 #: The compiler that CMake would take.
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
@@ -19,7 +19,7 @@ CPU_LIBRARY = Path(flatmin.__file__).with_name("_C.so")
 CUDA_LIBRARY = CPU_LIBRARY.with_name("_C_cuda.so")
 
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
-GPUS = torch.cuda.device_count() if "cuda" in _lib.DEVICES else 0
+GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
 
 #: For ``@pytest.mark.requires(part)``: whether it is here. A machine with nvcc must have built the CUDA library.
 PARTS = {

@@ -22,23 +22,25 @@ seconds.
 Results are float32, or float64 for float64 parameters.
 """
 
+import importlib
+from typing import Any
+
 from ._diagonals import (
     exact_diag,
     gnb_diag,
     hutchinson_diag,
-    hutchinson_trace,
-    hvp,
     spatial_average,
     squared_gradient_diag,
 )
-from ._neighbourhood import expected_sharpness, lipschitz
+from ._hvp import hvp
+from ._lipschitz import lipschitz
 from ._probes import Estimate, ScalarEstimate
+from ._trace import hutchinson_trace
 
 __all__ = [
     "Estimate",
     "ScalarEstimate",
     "exact_diag",
-    "expected_sharpness",
     "gnb_diag",
     "hutchinson_diag",
     "hutchinson_trace",
@@ -47,3 +49,10 @@ __all__ = [
     "spatial_average",
     "squared_gradient_diag",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``expected_sharpness`` moved to :mod:`flatmin.sharpness`, which imports this package; its old name stays."""
+    if name == "expected_sharpness":
+        return importlib.import_module("flatmin.sharpness").expected_sharpness
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,19 +1,17 @@
-"""Estimates of the Hessian's diagonal and trace, and its products with vectors: public in :mod:`flatmin.curvature`."""
+"""Estimates of the Hessian's diagonal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .._checks import check_int
 from ._labels import LabelSampler
-from ._measure import LossFn, Measurement, Part, check_tensors, gradient, second
-from ._options import check_int
-from ._probes import Estimate, Moments, Probed, Probes, ScalarEstimate, scalar_estimate
+from ._measurement import LossFn, Measurement, check_tensors, gradient, second
+from ._probes import Estimate, Moments, Probed, Probes, check_sampling
 
 __all__ = [
     "Diagonal",
@@ -22,65 +20,12 @@ __all__ = [
     "exact_diag",
     "gnb_diag",
     "hutchinson_diag",
-    "hutchinson_trace",
-    "hvp",
     "spatial_average",
     "squared_gradient_diag",
 ]
 
 #: ``diag(model, loss_fn, data, params=params)`` returns tensors like the parameters, or an :class:`Estimate`.
 Diagonal = Callable[..., Any]
-
-
-# ---- products with the Hessian ----
-
-
-def hvp(
-    model: nn.Module,
-    loss_fn: LossFn,
-    data: Any,
-    v: Sequence[Tensor],
-    *,
-    params: Iterable[Tensor] | None = None,
-    method: str = "autograd",
-    step: float | None = None,
-    progress: bool | None = None,
-) -> list[Tensor]:
-    """Product ``H v`` of the Hessian of the mean loss and a vector.
-
-    Args:
-        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
-        v: tensors like the parameters.
-        method: "autograd" differentiates twice. "finite_difference" takes ``(g(w + h v) - g(w - h v)) / (2 h)``: for
-            models with operators that cannot be differentiated twice, as fused attention. It costs two gradients, errs
-            by O(h^2), and sees the kinks of ReLU that lie within the step.
-        step: ``h`` > 0; default ``cbrt(eps) (1 + ||w||) / ||v||`` with the machine epsilon of the parameters' type.
-
-    Returns:
-        Tensors like the parameters.
-
-    Raises:
-        RuntimeError: an operator of the model cannot be differentiated twice.
-        TypeError, ValueError: an argument cannot be used; the message names it.
-    """
-    difference = _check_method(method, step)
-    with Measurement(model, loss_fn, data, params, "H v", 2 if difference else 1, progress) as m:
-        vectors = check_tensors("v", v, m.params)
-        if not difference:
-            return m.hvp(vectors)
-        length = m.norm(vectors)
-        if length == 0.0:
-            return m.zeros()
-        h = step or m.step_size(length)
-
-        def plus(part: Part, backup: Tensor) -> None:
-            one = torch.ones((), dtype=torch.float64, device=part.device)
-            ops.sam_ascend_(part.of(m.params), part.of(vectors), backup, one, h, eps=0.0)
-
-        def minus(part: Part, backup: Tensor) -> None:  # a step of SGD along v: an ascent has no negative radius
-            ops.restore_sgd_(part.of(m.params), part.of(vectors), (), backup, h)
-
-        return m.difference(plus, minus, h)
 
 
 def hutchinson_diag(
@@ -111,50 +56,12 @@ def hutchinson_diag(
     Returns:
         ``(value, stderr, samples)``.
     """
-    difference = _check_sampling(samples, law, method, step)
+    difference = check_sampling(samples, law, method, step)
     with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
         probes, moments = Probes(m, law, difference, step, seed), Moments(m)
         for draw in range(samples):
             moments.add(probes[draw])
         return moments.estimate()
-
-
-def hutchinson_trace(
-    model: nn.Module,
-    loss_fn: LossFn,
-    data: Any,
-    *,
-    params: Iterable[Tensor] | None = None,
-    samples: int = 100,
-    method: str = "autograd",
-    law: str = "rademacher",
-    step: float | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> ScalarEstimate:
-    """Trace of the Hessian as the mean of ``<v, H v>`` over random ``v`` (Hutchinson 1990).
-
-    Arguments as of :func:`hutchinson_diag`, and the same probes. The variance of one sample is ``2 sum_{i != j}
-    H_ij^2`` with Rademacher probes.
-
-    Returns:
-        ``(value, stderr, samples)``, floats.
-    """
-    difference = _check_sampling(samples, law, method, step)
-    with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
-        probes, products = Probes(m, law, difference, step, seed), m.zeros()
-        sums: list[Tensor] = []
-        for draw in range(samples):
-            probed = probes[draw]
-            for part, key in zip(m.parts, probed.keys, strict=True):
-                local = part.of(products)
-                ops.curvature_(local, part.of(probed.x), decay=0.0, source=probed.source, key=key)
-                wide = torch.float32 if part.device.type == "mps" else torch.float64
-                sums.append(torch.stack([t.sum(dtype=wide) for t in local]).sum())
-            del probed
-        numbers = [float(s) for s in sums]  # read at the end only: no probe waits for the host
-        width = len(m.parts)
-        return scalar_estimate([math.fsum(numbers[i : i + width]) for i in range(0, len(numbers), width)])
 
 
 # ---- other diagonals ----
@@ -318,22 +225,3 @@ def diagonal(
         options["method"] = method
     result = _DIAGONALS[kind](model, loss_fn, data, **options)
     return result if isinstance(result, Estimate) else Estimate(result, [], 0)
-
-
-# ---- checks ----
-
-
-def _check_method(method: str, step: float | None) -> bool:
-    """Whether ``method`` is that of finite differences."""
-    if method not in ("autograd", "finite_difference"):
-        raise ValueError(f"method: {method!r} is none of 'autograd', 'finite_difference'")
-    if step is not None and not 0.0 < step < math.inf:
-        raise ValueError(f"step: {step} given; give a finite float > 0, or None for the default")
-    return method == "finite_difference"
-
-
-def _check_sampling(samples: int, law: str, method: str, step: float | None) -> bool:
-    check_int("samples", samples, 1)
-    if law not in ("rademacher", "normal"):
-        raise ValueError(f"law: {law!r} is none of 'rademacher', 'normal'")
-    return _check_method(method, step)

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from ._norms import is_dtensor
-from ._passes import _Generators
+from .. import ops
+from .._devices import on_device
+from .._distributed import is_dtensor
+from .._rng import Generators
 
-__all__ = ["LossFn", "Measurement", "Part", "check_tensors", "names_of", "refuse_not_finite"]
+__all__ = ["MOVES", "NOISE", "LossFn", "Measurement", "Part", "check_tensors", "names_of", "refuse_not_finite"]
+
+#: What random numbers are for: each purpose has its own stream. 0 is that of the probes.
+MOVES, NOISE = 1, 2
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -101,7 +105,7 @@ class Measurement:
             for key, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._random = _Generators(self.model)
+        self._random = Generators(self.model)
         self._own_random = [(generator, generator.get_state()) for generator in _generators_of(self.data)]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -381,7 +385,7 @@ def _dense(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return ops.on_device(batch, device)
+        return on_device(batch, device)
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
     if type(batch) in (list, tuple):

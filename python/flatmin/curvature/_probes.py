@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from ._measure import Measurement, Part
+from .. import ops
+from .._checks import check_int
+from ._hvp import check_method
+from ._measurement import Measurement, Part
 
-__all__ = ["Estimate", "Moments", "Probed", "Probes", "ScalarEstimate", "scalar_estimate"]
+__all__ = ["Estimate", "Moments", "Probed", "Probes", "ScalarEstimate", "check_sampling", "scalar_estimate"]
 
 
 class Estimate(NamedTuple):
@@ -135,3 +137,10 @@ class Moments:
         for t in self.variance:
             t.div_(self.count - 1).sqrt_()
         return Estimate(self.mean, self.variance, self.count)
+
+
+def check_sampling(samples: int, law: str, method: str, step: float | None) -> bool:
+    check_int("samples", samples, 1)
+    if law not in ("rademacher", "normal"):
+        raise ValueError(f"law: {law!r} is none of 'rademacher', 'normal'")
+    return check_method(method, step)

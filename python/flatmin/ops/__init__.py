@@ -31,7 +31,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import _lib, reference
+from .. import reference
+from .._checks import check_finite_radius
+from .._devices import on_device
+from . import _library
 
 __all__ = [
     "backup_like",
@@ -91,13 +94,13 @@ def _run(name: str, tensors: Sequence[Tensor], *args: Any) -> Any:
     Complex tensors are found by the kernel's refusal: looking for them first would cost 10 us for 213 tensors.
     """
     device = tensors[0].device.type
-    if device in _lib.DEVICES:
+    if device in _library.DEVICES:
         try:
-            return _lib.OPERATORS[name](tensors, *args)
+            return _library.OPERATORS[name](tensors, *args)
         except RuntimeError:
             if not any(map(Tensor.is_complex, tensors)):
                 raise
-    reason = "complex parameters" if device in _lib.DEVICES else f"{device} tensors"
+    reason = "complex parameters" if device in _library.DEVICES else f"{device} tensors"
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"flatmin has no kernel for {reason}; running in plain torch, which is slower", stacklevel=4)
@@ -116,11 +119,6 @@ def _check_lists(tensors: Sequence[Tensor]) -> None:
 def _count_versions(*lists: Sequence[Tensor]) -> None:
     for tensors in lists:
         increment_version(tensors)
-
-
-def on_device(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``t`` on ``device``, without making the host wait: except for a copy to the CPU, which reads it at once."""
-    return t.to(device=device, dtype=dtype or t.dtype, non_blocking=device.type != "cpu")
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -261,12 +259,6 @@ def sam_norm_ascend_(
     _count_versions(params, [backup])
     result: Tensor = _run("sam_norm_ascend_", params, grads, backup, *ascent)
     return result
-
-
-def check_finite_radius(rho: float | Tensor, name: str = "rho") -> None:
-    """``ValueError`` for a number that is no radius. A tensor's value is not read: that would sync."""
-    if isinstance(rho, int | float) and not 0.0 <= rho < math.inf:
-        raise ValueError(f"{name}: {rho} given, but a radius is finite and not negative (0 switches SAM off)")
 
 
 def _ascent(

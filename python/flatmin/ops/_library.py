@@ -11,7 +11,7 @@ from typing import Any
 import torch  # before the library: it resolves against the torch that is loaded
 from torch import Tensor
 
-_LIBRARY = Path(__file__).with_name("_C.so")
+_LIBRARY = Path(__file__).parents[1] / "_C.so"
 _CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
 _ISA = {"base": 1, "v3": 3, "v4": 4}
 

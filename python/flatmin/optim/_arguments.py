@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
-from ._ascent import check_radius
+from .. import ops
+from .._checks import check_int, check_one_of, check_radius, check_size
 from ._wrapper import Wrapper
 
 __all__ = [
     "build_base",
-    "check_int",
     "check_keys",
     "check_model",
     "check_noise_options",
     "check_sam_groups",
     "check_sam_options",
-    "check_size",
 ]
 
 
@@ -62,15 +60,15 @@ def check_noise_options(
     *, dist: Any, sizing: Any, scale: Any, schedule: Any, draws: Any, sync: Any, generator: Any, start: Any, **own: Any
 ) -> None:
     """``own``: what only ``sizing="curvature"`` reads."""
-    _check_one_of("dist", dist, ("uniform", "truncated_normal", "normal"))
-    _check_one_of("sizing", sizing, ("curvature", "filter", "tensor", "isotropic", "magnitude"))
+    check_one_of("dist", dist, ("uniform", "truncated_normal", "normal"))
+    check_one_of("sizing", sizing, ("curvature", "filter", "tensor", "isotropic", "magnitude"))
     for name, value in own.items():
         if sizing != "curvature" and value != _CURVATURE_ONLY[name]:
             raise ValueError(f"{name}: {value!r} given, but only sizing='curvature' reads it, not {sizing!r}")
     if not callable(own["hessian"]):
-        _check_one_of("hessian", own["hessian"], ("grad2", "gnb", "hutchinson"), "a callable")
+        check_one_of("hessian", own["hessian"], ("grad2", "gnb", "hutchinson"), "a callable")
     if isinstance(own["lipschitz"], str):
-        _check_one_of("lipschitz", own["lipschitz"], ("global", "element"), "a float >= 0")
+        check_one_of("lipschitz", own["lipschitz"], ("global", "element"), "a float >= 0")
     else:
         check_size("lipschitz", own["lipschitz"])
     for name, value in (("gamma", own["gamma"]), ("eps", own["eps"]), ("scale", scale), ("min_step", own["min_step"])):
@@ -79,33 +77,14 @@ def check_noise_options(
         if not (isinstance(own[name], int | float) and 0.0 <= own[name] < 1.0):
             raise ValueError(f"{name}: {own[name]!r} given; give a float from 0 to below 1")
     if schedule is not None and not callable(schedule):
-        _check_one_of("schedule", schedule, ("log",), "None or a callable")
+        check_one_of("schedule", schedule, ("log",), "None or a callable")
     if isinstance(sync, str):
-        _check_one_of("sync", sync, ("common", "per_rank"), "a torch.distributed process group")
+        check_one_of("sync", sync, ("common", "per_rank"), "a torch.distributed process group")
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise TypeError(f"generator: {generator!r} given; give a torch.Generator of the CPU, or None")
     check_int("draws", draws, 1)
     check_int("start", start, 0)
     check_int("hessian_interval", own["hessian_interval"], 1)
-
-
-def check_size(name: str, value: Any) -> None:
-    """``TypeError`` or ``ValueError`` unless ``value`` can be a size of noise."""
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name}: {value!r} given; give a float")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}: {value} given; give a finite float >= 0")
-
-
-def _check_one_of(name: str, value: Any, known: tuple[str, ...], other: str = "") -> None:
-    if value not in known:
-        names = ", ".join(map(repr, known)) + (f" or {other}" if other else "")
-        raise ValueError(f"{name}: {value!r} given; give {'one of ' if len(known) > 1 else ''}{names}")
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: {value!r} given; give an integer >= {least}")
 
 
 def check_model(model: Any, same_rng: bool) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from . import ops
-from ._norms import is_dtensor, local_gradient, shard_groups
+from .. import ops
+from .._distributed import is_dtensor, local_gradient, shard_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from . import _lib
-from ._perturbed import Bucket, with_gradient
+from ..ops import _library
+from ._buckets import Bucket, with_gradient
 from ._wrapper import has_step_hooks
 
 __all__ = ["restore_and_step"]
@@ -81,7 +81,7 @@ def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucke
 
 
 def _fits(bucket: Bucket) -> bool:
-    known = bucket.device.type in _lib.DEVICES and bucket.dtype in (torch.float32, torch.float64)
+    known = bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
     return known and bucket.moved
 
 

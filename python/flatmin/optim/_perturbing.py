@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _fused
-from ._options import check_keys
-from ._passes import BatchNormBuffers
-from ._perturbed import Bucket, PerturbedSet
+from ._arguments import check_keys
+from ._batchnorm import BatchNormBuffers
+from ._buckets import Bucket, PerturbedSet
 from ._wrapper import Closure, Wrapper
 
 __all__ = ["Perturbing", "accumulate"]

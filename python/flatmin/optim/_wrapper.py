@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
-__all__ = ["GradScaler", "Wrapper", "has_step_hooks"]
+__all__ = ["Closure", "GradScaler", "Wrapper", "has_step_hooks"]
+
+#: As :meth:`torch.optim.Optimizer.step` takes it.
+Closure = Callable[[], Any]
 
 
 class GradScaler(Protocol):
@@ -196,7 +199,3 @@ class Wrapper(torch.optim.Optimizer):
 
 def _or_else(replaced: dict[str, Any] | None, original: dict[str, Any]) -> dict[str, Any]:
     return original if replaced is None else replaced
-
-
-#: A closure as :meth:`torch.optim.Optimizer.step` takes it.
-Closure = Callable[[], Any]

@@ -151,11 +151,13 @@ class NoiseBound:
         """With truncated normal noise of the best sizes at ``eta``; ``rough`` sums over bins of r."""
 
         def terms(r: Tensor) -> tuple[Tensor, Tensor]:
-            a = (3.0 * eta * r).sqrt().clamp(min=1e-8)  # below, s and the logarithm round to 0, and 0 / 0 is none
+            a = (3.0 * eta * r).sqrt()
+            box = a < 1e-8  # s and the logarithm round to 0; their quotients are 0 / 0, or as erf happens to round
+            a = a.clamp(min=1e-8)
             z = torch.erf(a * math.sqrt(0.5))
             density = a * math.sqrt(2.0 / math.pi)
-            s = 1.0 - density * (-0.5 * a * a).exp() / z
-            return s / (2.0 * eta), (density / z).log() - 0.5 * s
+            s = torch.where(box, 0.0, 1.0 - density * (-0.5 * a * a).exp() / z)
+            return s / (2.0 * eta), torch.where(box, 0.0, (density / z).log() - 0.5 * s)
 
         return self._bound(eta, terms, rough)
 

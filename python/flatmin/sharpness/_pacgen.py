@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _report, ops
-from ._bound import Bound, NoiseBound
-from ._diagonals import Diagonal, check_diagonal, diagonal
-from ._measure import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
-from ._neighbourhood import check_lipschitz, check_neighbourhood, rises
-from ._neighbourhood import lipschitz as estimate_lipschitz
-from ._options import check_int
-from ._probes import Estimate, ScalarEstimate
+from .. import ops
+from .._checks import check_int
+from ..curvature._diagonals import Diagonal, check_diagonal, diagonal
+from ..curvature._lipschitz import check_lipschitz, check_neighbourhood
+from ..curvature._lipschitz import lipschitz as estimate_lipschitz
+from ..curvature._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
+from ..curvature._probes import Estimate, ScalarEstimate
+from . import _pacgen_report as _report
+from ._expected import rises
+from ._pac_bayes import Bound, NoiseBound
 
 __all__ = ["Layer", "PACGen", "pacgen"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._bound import Bound
+from ._pac_bayes import Bound
 
 if TYPE_CHECKING:
     from ._pacgen import PACGen

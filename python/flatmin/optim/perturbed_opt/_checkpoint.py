@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._clock import Clock
-from ._noise import NoiseSet
-from ._noise_bucket import Track
-from ._norms import is_dtensor
+from ..._distributed import is_dtensor
+from ._bias_correction import BiasCorrection
+from ._noise_bucket import ParameterState
+from ._noise_set import NoiseSet
 
 __all__ = ["Checkpoint", "check_noise", "pack_noise", "split", "unpack_noise"]
 
@@ -57,7 +57,7 @@ def _flat(base: dict[str, Any], noise: NoiseSet, params: Sequence[Tensor]) -> di
         if entry is None:
             if not p.requires_grad:
                 continue
-            entry = _entry(noise.new_track(p), 0)
+            entry = _entry(noise.new_state(p), 0)
         state.setdefault(index, {}).update({_PREFIX + name: value for name, value in entry.items()})
     shared = {name: value for name, value in packed.items() if name != "state"}
     shared["rho"] = torch.zeros(()) if noise.rho is None else noise.rho
@@ -101,20 +101,20 @@ def pack_noise(noise: NoiseSet, params: Sequence[Tensor]) -> dict[str, Any]:
     updates: dict[int, int] = {}
     state: dict[int, dict[str, Any]] = {}
     for p, index in _positions(params).items():
-        track = noise.tracks.get(p)
-        if track is None:
+        own = noise.states.get(p)
+        if own is None:
             continue
-        clock = track.clock
-        if id(clock) not in updates:
-            updates[id(clock)] = int(clock.count)
-        state[index] = _entry(track, updates[id(clock)])
+        correction = own.correction
+        if id(correction) not in updates:
+            updates[id(correction)] = int(correction.count)
+        state[index] = _entry(own, updates[id(correction)])
     drawn = [draws for bucket in noise.known_buckets() if (draws := bucket.draws()) is not None]
     counters = {name: getattr(noise, name) for name in _COUNTERS} | {"draws": max([noise.draws, *drawn])}
     return {"state": state, "rho": noise.rho, **counters}
 
 
-def _entry(track: Track, updates: int) -> dict[str, Any]:
-    tensors = {name: getattr(track, name) for name in ("curvature", "lipschitz", "anchor")}
+def _entry(own: ParameterState, updates: int) -> dict[str, Any]:
+    tensors = {name: getattr(own, name) for name in ("curvature", "lipschitz", "anchor")}
     return {"updates": updates} | {name: t for name, t in tensors.items() if t is not None}
 
 
@@ -133,7 +133,7 @@ def check_noise(saved: dict[str, Any], params: Sequence[Tensor]) -> None:
 def unpack_noise(noise: NoiseSet, params: Sequence[Tensor], saved: dict[str, Any] | None) -> None:
     """Replace the state of ``noise``; without ``saved`` by that of a run that begins, but for seed and epoch."""
     noise.forget()
-    noise.tracks.clear()
+    noise.states.clear()
     if saved is None:
         noise.draws = noise.estimates = noise.steps = 0
         noise.estimated, noise.rho = -1, None
@@ -142,21 +142,21 @@ def unpack_noise(noise: NoiseSet, params: Sequence[Tensor], saved: dict[str, Any
         setattr(noise, name, saved[name])
     rho = saved.get("rho")
     noise.rho = None if rho is None else rho.clone()
-    clocks: dict[Any, Clock] = {}
+    corrections: dict[Any, BiasCorrection] = {}
     for index, entry in saved["state"].items():
         p, updates = params[index], int(entry["updates"])
         if updates == 0:
             continue
-        clock = clocks.get((p.device, updates)) or Clock(p.device, noise.settings.beta1, updates)
-        clocks[p.device, updates] = clock
-        track = noise.new_track(p, clock)
-        _copy(track.curvature, entry["curvature"])
-        if track.lipschitz is not None and "lipschitz" in entry:
-            _copy(track.lipschitz, entry["lipschitz"])
+        correction = corrections.get((p.device, updates)) or BiasCorrection(p.device, noise.settings.beta1, updates)
+        corrections[p.device, updates] = correction
+        own = noise.new_state(p, correction)
+        _copy(own.curvature, entry["curvature"])
+        if own.lipschitz is not None and "lipschitz" in entry:
+            _copy(own.lipschitz, entry["lipschitz"])
         if "anchor" in entry:
-            track.anchor = p.detach().clone()
-            _copy(track.anchor, entry["anchor"])
-        noise.tracks[p] = track
+            own.anchor = p.detach().clone()
+            _copy(own.anchor, entry["anchor"])
+        noise.states[p] = own
 
 
 def _copy(target: Tensor, saved: Tensor) -> None:

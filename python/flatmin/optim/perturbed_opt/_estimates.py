@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
-from ._noise import STREAMS, NoiseSet
-from ._noise_bucket import NoiseBucket, Portion, local
-from ._norms import rank
+from ... import ops
+from ..._distributed import rank
+from ._noise_bucket import NoiseBucket, Subset, local
+from ._noise_set import STREAMS, NoiseSet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,9 +32,9 @@ def learn_from_gnb(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tenso
         raise TypeError(f"closure: gave {given}, but hessian='gnb' needs logits of shape (predictions, classes)")
     labels = _draw_labels(noise, logits.detach())
     loss = torch.nn.functional.cross_entropy(logits, labels)
-    portions, sources = _portions(noise, buckets, torch.autograd.grad(loss, _params(buckets), allow_unused=True))
+    subsets, sources = _subsets(noise, buckets, torch.autograd.grad(loss, _params(buckets), allow_unused=True))
     count = _average(sources, len(labels), _group(noise))
-    noise.learn_from_estimates(portions, sources, [None] * len(portions), source="square", source_scale=count)
+    noise.learn_from_estimates(subsets, sources, [None] * len(subsets), source="square", source_scale=count)
 
 
 def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tensor]) -> None:
@@ -45,12 +45,12 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"closure: gave {given}, but hessian='hutchinson' needs the loss, with its graph")
     first = torch.autograd.grad(loss, _params(buckets), create_graph=True, allow_unused=True)
-    portions, gradients = _portions(noise, buckets, first)
-    keys = [ops.random_key(noise.seed, noise.estimates, STREAMS + i, q.bucket.device) for i, q in enumerate(portions)]
-    probes = [[torch.empty_like(p, requires_grad=False) for p in portion.params] for portion in portions]
+    subsets, gradients = _subsets(noise, buckets, first)
+    keys = [ops.random_key(noise.seed, noise.estimates, STREAMS + i, q.bucket.device) for i, q in enumerate(subsets)]
+    probes = [[torch.empty_like(p, requires_grad=False) for p in subset.params] for subset in subsets]
     for v, key in zip(probes, keys, strict=True):
         ops.probe_(v, key)
-    params = [p for portion in portions for p in portion.params]
+    params = [p for subset in subsets for p in subset.params]
     pairs = [(g, v) for gs, vs in zip(gradients, probes, strict=True) for g, v in zip(gs, vs, strict=True)]
     pairs = [(g, v) for g, v in pairs if g.requires_grad]  # the loss is linear in the others
     products: Sequence[Tensor] = [torch.zeros_like(p) for p in params]
@@ -58,9 +58,9 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
         outputs, vectors = zip(*pairs, strict=True)
         products = torch.autograd.grad(outputs, params, vectors, materialize_grads=True)
     remaining = iter(products)
-    sources = [[next(remaining) for _ in portion.params] for portion in portions]
+    sources = [[next(remaining) for _ in subset.params] for subset in subsets]
     _average(sources, 1, _group(noise))
-    noise.learn_from_estimates(portions, sources, keys, source="probed")
+    noise.learn_from_estimates(subsets, sources, keys, source="probed")
 
 
 def learn_from_callable(noise: NoiseSet, groups: _Groups, hessian: Callable[[list[Tensor]], Any]) -> None:
@@ -77,9 +77,9 @@ def learn_from_callable(noise: NoiseSet, groups: _Groups, hessian: Callable[[lis
         if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != p.shape):
             given = f"shape {tuple(estimate.shape)}" if isinstance(estimate, Tensor) else type(estimate).__name__
             raise TypeError(f"hessian: gave {given} for a parameter of shape {tuple(p.shape)}")
-    portions, sources = _portions(noise, buckets, estimates)
+    subsets, sources = _subsets(noise, buckets, estimates)
     _average(sources, 1, _group(noise))
-    noise.learn_from_estimates(portions, sources, [None] * len(portions), source="plain")
+    noise.learn_from_estimates(subsets, sources, [None] * len(subsets), source="plain")
 
 
 def _draw_labels(noise: NoiseSet, logits: Tensor) -> Tensor:
@@ -108,23 +108,23 @@ def _plain_buckets(noise: NoiseSet, groups: _Groups) -> list[NoiseBucket]:
     return buckets
 
 
-def _portions(
+def _subsets(
     noise: NoiseSet, buckets: Sequence[NoiseBucket], values: Sequence[Tensor | None]
-) -> tuple[list[Portion], _Sources]:
+) -> tuple[list[Subset], _Sources]:
     """What of each bucket has a value, and the values. With a process group, on which each rank may lack others, all
     of it has one: 0 if need be."""
     fill = _group(noise) is not None
     remaining = iter(values)
-    portions, sources = [], []
+    subsets, sources = [], []
     for bucket in buckets:
         own = [next(remaining) for _ in bucket.params]
         if fill:
             own = [torch.zeros_like(p) if x is None else x for p, x in zip(bucket.params, own, strict=True)]
         present = [x is not None for x in own]
         if any(present):
-            portions.append(Portion(bucket, present, noise.settings.lipschitz == "element"))
+            subsets.append(Subset(bucket, present, noise.settings.lipschitz == "element"))
             sources.append([local(x) for x in own if x is not None])
-    return portions, sources
+    return subsets, sources
 
 
 @torch.no_grad()

@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from ._clock import Clock
-from ._norms import is_dtensor
-from ._perturbed import AdamState, Bucket
+from ... import ops, reference
+from ..._distributed import is_dtensor
+from .._buckets import AdamState, Bucket
+from ._bias_correction import BiasCorrection
+from ._settings import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["NoiseBucket", "Portion", "Settings", "Track", "local"]
-
-
-class Settings(NamedTuple):
-    """What a :class:`flatmin.noise.PerturbedOPT` was constructed with."""
-
-    law: str
-    sizing: str
-    hessian: str | Callable[[list[Tensor]], Sequence[Tensor | None]]
-    lipschitz: str | float
-    beta1: float
-    beta2: float
-    min_step: float
-    schedule: str | Callable[[int], float] | None
-    sync: str | ProcessGroup
-
-    @property
-    def curved(self) -> bool:
-        return self.sizing == "curvature"
-
-    @property
-    def fed_by_steps(self) -> bool:
-        """Whether the curvature is averaged from the gradients of the steps."""
-        return self.curved and self.hessian == "grad2"
-
-    @property
-    def learns_rho(self) -> bool:
-        return isinstance(self.lipschitz, str)
-
-    def decay(self, epoch: int) -> float:
-        """Factor of the neighbourhood in an epoch."""
-        if self.schedule is None:
-            return 1.0
-        if isinstance(self.schedule, str):
-            return 1.0 / math.log(math.e - 1.0 + epoch)
-        factor = float(self.schedule(epoch))
-        if not 0.0 <= factor < math.inf:
-            raise ValueError(f"schedule: gave {factor} for epoch {epoch}; it must give a finite float >= 0")
-        return factor
+__all__ = ["NoiseBucket", "ParameterState", "Subset", "local"]
 
 
 def local(t: Any) -> Tensor:
@@ -67,40 +29,40 @@ def local(t: Any) -> Tensor:
         return t.to_local()  # type: ignore[no-any-return]
 
 
-class Track:
+class ParameterState:
     """What is known of one parameter.
 
     Attributes:
         curvature: bias-laden average ``h`` of the Hessian's diagonal, of the parameter's type or float32.
         lipschitz: its difference quotients, with ``lipschitz="element"``.
         anchor: the parameter at the last estimate, where quotients span more than a step.
-        clock: of the average, shared with the parameters that were updated as often.
+        correction: bias correction of the average, shared with the parameters that were updated as often.
     """
 
-    __slots__ = ("anchor", "clock", "curvature", "lipschitz")
+    __slots__ = ("anchor", "correction", "curvature", "lipschitz")
 
-    def __init__(self, p: Tensor, per_element: bool, clock: Clock) -> None:
+    def __init__(self, p: Tensor, per_element: bool, correction: BiasCorrection) -> None:
         self.curvature = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
         self.lipschitz = torch.zeros_like(self.curvature) if per_element else None
         self.anchor: Tensor | None = None
-        self.clock = clock
+        self.correction = correction
 
-    def fit(self, p: Tensor, beta: float) -> Track:
+    def fit(self, p: Tensor, beta: float) -> ParameterState:
         """Follow a parameter that was converted or moved, as by ``.half()`` or ``.cuda()``."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         self.curvature = self.curvature.to(p.device, dtype)
         self.lipschitz = None if self.lipschitz is None else self.lipschitz.to(p.device, dtype)
         self.anchor = None if self.anchor is None else self.anchor.to(p.device, p.dtype)
-        if self.clock.count.device != p.device:
-            self.clock = Clock(p.device, beta, self.clock.updates)
+        if self.correction.count.device != p.device:
+            self.correction = BiasCorrection(p.device, beta, self.correction.updates)
         return self
 
 
 class NoiseBucket(Bucket):
-    """A bucket with the tracks of its parameters, which were all updated equally often.
+    """A bucket with the states of its parameters, which were all updated equally often.
 
     Attributes:
-        tracks: of the parameters; empty before their first update.
+        states: of the parameters; empty before their first update.
         saved: whether ``backup`` holds the weights from which the coming step goes.
         largest: quotient that the last fused step found.
     """
@@ -110,7 +72,7 @@ class NoiseBucket(Bucket):
         group: int,
         params: list[Tensor],
         shards: tuple[ProcessGroup, ...] | None,
-        tracks: list[Track],
+        states: list[ParameterState],
         settings: Settings,
     ) -> None:
         super().__init__(group, params, shards)
@@ -118,25 +80,25 @@ class NoiseBucket(Bucket):
         self.saved = False
         self.largest: Tensor | None = None
         self.elements = sum(p.numel() for p in self.local())
-        self.follow(tracks)
+        self.follow(states)
         self._key: tuple[tuple[int, int, int], Tensor] | None = None
         self._sizes: tuple[list[Tensor], list[Tensor]] | None = None
 
-    def follow(self, tracks: list[Track]) -> None:
-        """Take the tracks of the parameters, and make them share one clock."""
-        self.tracks = tracks
-        self.clock = tracks[0].clock if tracks else Clock(self.device, self.settings.beta1)
-        if any(track.clock is not self.clock for track in tracks):
-            self.clock = self.clock.copy()  # as old as the others, but some of its parameters may be elsewhere
-            for track in tracks:
-                track.clock = self.clock
-        self.curvatures = [local(track.curvature) for track in tracks]
-        self.lipschitz = [local(track.lipschitz) for track in tracks if track.lipschitz is not None]
+    def follow(self, states: list[ParameterState]) -> None:
+        """Take the states of the parameters, and make them share one bias correction."""
+        self.states = states
+        self.correction = states[0].correction if states else BiasCorrection(self.device, self.settings.beta1)
+        if any(state.correction is not self.correction for state in states):
+            self.correction = self.correction.copy()  # others may share the old one
+            for state in states:
+                state.correction = self.correction
+        self.curvatures = [local(state.curvature) for state in states]
+        self.lipschitz = [local(state.lipschitz) for state in states if state.lipschitz is not None]
 
     @property
     def ready(self) -> bool:
         """Whether its noise has a size: there is none before the first curvature."""
-        return not self.settings.curved or self.clock.updates > 0
+        return not self.settings.curved or self.correction.updates > 0
 
     def key(self, seed: int, draw: int, stream: int) -> Tensor:
         """Key of the draw. It is advanced on the device, so that a captured CUDA graph draws anew."""
@@ -179,7 +141,7 @@ class NoiseBucket(Bucket):
         if not self.settings.fed_by_steps:
             super().restore_sgd(grads, buffers, lr, **options)
             return
-        tick = self.clock.next()
+        update = self.correction.next()
         self.largest = ops.restore_sgd_curvature_(
             self.params,
             grads,
@@ -188,17 +150,17 @@ class NoiseBucket(Bucket):
             self.lipschitz,
             self.backup,
             lr,
-            tick.corrections,
+            update.corrections,
             **options,
             **self.averaging(),
         )
-        self.clock.advance(tick)
+        self.correction.advance(update)
 
     def restore_adam(self, grads: list[Tensor], state: AdamState, lr: float, **options: Any) -> None:
         if not self.settings.fed_by_steps:
             super().restore_adam(grads, state, lr, **options)
             return
-        tick = self.clock.next()
+        update = self.correction.next()
         exp_avgs, exp_avg_sqs, maxima, steps = state
         self.largest = ops.restore_adam_curvature_(
             self.params,
@@ -211,14 +173,14 @@ class NoiseBucket(Bucket):
             self.lipschitz,
             self.backup,
             lr,
-            tick.corrections,
+            update.corrections,
             **options,
             **self.averaging(),
         )
-        self.clock.advance(tick)
+        self.correction.advance(update)
 
 
-class Portion:
+class Subset:
     """Those parameters of a bucket for which there is something to average."""
 
     def __init__(self, bucket: NoiseBucket, present: Sequence[bool], per_element: bool) -> None:
@@ -226,25 +188,25 @@ class Portion:
         self.present = present
         self.whole = all(present)
         self.params = bucket.params if self.whole else list(compress(bucket.params, present))
-        self.known = bool(bucket.tracks)
+        self.known = bool(bucket.states)
         if not self.known:
-            self.clock = bucket.clock if self.whole else bucket.clock.copy()
-            self.tracks = [Track(p, per_element, self.clock) for p in self.params]
+            self.correction = bucket.correction if self.whole else bucket.correction.copy()
+            self.states = [ParameterState(p, per_element, self.correction) for p in self.params]
         elif self.whole:
-            self.clock, self.tracks = bucket.clock, bucket.tracks
+            self.correction, self.states = bucket.correction, bucket.states
         else:
-            self.clock, self.tracks = bucket.clock.copy(), list(compress(bucket.tracks, present))
+            self.correction, self.states = bucket.correction.copy(), list(compress(bucket.states, present))
 
     def local(self) -> list[Tensor]:
         return self.bucket.local() if self.whole else [local(p) for p in self.params]
 
     def curvatures(self) -> list[Tensor]:
-        return self.bucket.curvatures if self.whole and self.known else [local(t.curvature) for t in self.tracks]
+        return self.bucket.curvatures if self.whole and self.known else [local(t.curvature) for t in self.states]
 
     def lipschitz(self) -> list[Tensor]:
         if self.whole and self.known:
             return self.bucket.lipschitz
-        return [local(t.lipschitz) for t in self.tracks if t.lipschitz is not None]
+        return [local(t.lipschitz) for t in self.states if t.lipschitz is not None]
 
     def weights_before(self) -> Tensor | None:
         """Backup of the weights from which the step went, if the bucket has them."""
@@ -257,18 +219,18 @@ class Portion:
 
     def weights_at_estimate(self) -> Tensor | None:
         """Backup of the weights at the last estimate, if every one was kept."""
-        if not self.known or any(track.anchor is None for track in self.tracks):
+        if not self.known or any(state.anchor is None for state in self.states):
             return None
         params = self.local()
         backup = ops.backup_like(params)
-        for slot, p, track in zip(reference._slots(params, backup), params, self.tracks, strict=True):
-            slot.copy_(local(track.anchor).permute(sorted(range(p.dim()), key=p.stride, reverse=True)))
+        for slot, p, state in zip(reference._slots(params, backup), params, self.states, strict=True):
+            slot.copy_(local(state.anchor).permute(sorted(range(p.dim()), key=p.stride, reverse=True)))
         return backup
 
     @torch.no_grad()
     def keep_weights(self) -> None:
-        for p, track in zip(self.params, self.tracks, strict=True):
-            if track.anchor is None:
-                track.anchor = p.detach().clone()
+        for p, state in zip(self.params, self.states, strict=True):
+            if state.anchor is None:
+                state.anchor = p.detach().clone()
             else:
-                track.anchor.copy_(p)
+                state.anchor.copy_(p)

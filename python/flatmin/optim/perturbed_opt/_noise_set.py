@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from ._clock import Alarm, Clock
-from ._noise_bucket import NoiseBucket, Portion, Settings, Track, local
-from ._norms import combine, local_gradient, rank
-from ._perturbed import PerturbedSet, name_of, trained, with_gradient
+from ... import ops
+from ..._devices import on_device
+from ..._distributed import combine, local_gradient, rank
+from .._buckets import PerturbedSet, name_of, trained, with_gradient
+from ._bias_correction import BiasCorrection
+from ._noise_bucket import NoiseBucket, ParameterState, Subset, local
+from ._nonfinite import NonFiniteFlag
+from ._settings import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,30 +66,30 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
     """The parameters that noise moves, the averages that size it, and the counters that it is drawn with.
 
     Attributes:
-        tracks: of every parameter that was updated.
+        states: of every parameter that was updated.
         rho: global Hessian-Lipschitz constant, 0-dim in the wide type; None before the first quotient.
         seed, draws: of the noise.
         estimates: how many estimates were averaged, which number their probes.
         estimated: step at which the last one was, -1 before.
         steps: steps that changed weights.
         epoch: counted from 1.
-        alarm: rings where a curvature, a quotient or a size is not finite.
+        nonfinite: raised where a curvature, a quotient or a size is not finite.
     """
 
     def __init__(self, settings: Settings, seed: int) -> None:
         super().__init__()
         self.settings = settings
-        self.tracks: dict[Tensor, Track] = {}
+        self.states: dict[Tensor, ParameterState] = {}
         self.rho: Tensor | None = None
         self.seed = seed
         self.draws = self.estimates = self.steps = 0
         self.estimated = -1
         self.epoch = 1
-        self.alarm = Alarm()
+        self.nonfinite = NonFiniteFlag()
         self._tallies: list[tuple[Tensor, int]] = []
 
     def forget(self) -> None:
-        """Buckets are made anew: the tracks were replaced or parted."""
+        """Buckets are made anew: the states were replaced or split_up."""
         self._known.clear()
 
     def new_bucket(self, group: int, params: list[Tensor], shards: tuple[ProcessGroup, ...] | None) -> NoiseBucket:
@@ -98,17 +101,19 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 f"sizing: {self.settings.sizing!r} needs norms of whole tensors, but there are sharded ones; use "
                 "'curvature', 'isotropic' or 'magnitude'"
             )
-        known = params[0] in self.tracks
-        tracks = [self.tracks[p].fit(p, self.settings.beta1) for p in params] if known else []
-        return NoiseBucket(group, params, shards, tracks, self.settings)
+        known = params[0] in self.states
+        states = [self.states[p].fit(p, self.settings.beta1) for p in params] if known else []
+        return NoiseBucket(group, params, shards, states, self.settings)
 
-    def new_track(self, p: Tensor, clock: Clock | None = None) -> Track:
-        return Track(p, self.settings.lipschitz == "element", clock or Clock(p.device, self.settings.beta1))
+    def new_state(self, p: Tensor, correction: BiasCorrection | None = None) -> ParameterState:
+        return ParameterState(
+            p, self.settings.lipschitz == "element", correction or BiasCorrection(p.device, self.settings.beta1)
+        )
 
     def kind(self, p: Tensor) -> Hashable:
         """One bias correction for each bucket: as Adam does, each parameter counts its own updates."""
-        track = self.tracks.get(p)
-        return 0 if track is None else track.clock.updates
+        state = self.states.get(p)
+        return 0 if state is None else state.correction.updates
 
     def gather(self, groups: Sequence[dict[str, Any]]) -> list[NoiseBucket]:
         """The buckets of every parameter that is trained under noise, with or without a gradient."""
@@ -134,18 +139,18 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                     key = bucket.key(self.seed, draw, self._stream(bucket, position, len(buckets)))
                     tally = self._move(bucket, groups[bucket.group], factor, key)
                     self._tallies.append((tally, bucket.elements))
-                    self.alarm.hear(tally[2])
+                    self.nonfinite.record(tally[2])
         except BaseException:
             self.restore()
             raise
         return bool(self.buckets)
 
     def _move(self, bucket: NoiseBucket, group: dict[str, Any], factor: float, key: Tensor) -> Tensor:
-        options: dict[str, Any] = {"law": self.settings.law}
+        options: dict[str, Any] = {"law": self.settings.distribution}
         if self.settings.curved:
             options |= {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
             options |= {"scale": group["popt_scale"], "lipschitz": self._lipschitz_of(bucket)}
-            options |= {"curvatures": bucket.curvatures, "curvature_scale": bucket.clock.scale}
+            options |= {"curvatures": bucket.curvatures, "curvature_scale": bucket.correction.scale}
         else:
             options["scale"] = group["popt_scale"] * factor
             if self.settings.sizing in _NEIGHBOURHOODS:
@@ -162,7 +167,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             return self.settings.lipschitz
         if self.settings.lipschitz == "element":
             return bucket.lipschitz
-        return 0.0 if self.rho is None else ops.on_device(self.rho, bucket.device)
+        return 0.0 if self.rho is None else on_device(self.rho, bucket.device)
 
     def _stream(self, bucket: NoiseBucket, position: int, count: int) -> int:
         """Each bucket counts its elements from 0, and so does each shard and, if asked for, each rank."""
@@ -183,7 +188,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         if not self._tallies:
             return None
         device = self._tallies[0][0].device
-        sigma, capped, invalid = sum(ops.on_device(tally, device) for tally, _ in self._tallies)  # type: ignore[misc]
+        sigma, capped, invalid = sum(on_device(tally, device) for tally, _ in self._tallies)  # type: ignore[misc]
         elements = max(sum(count for _, count in self._tallies), 1)
         return NoiseStats(sigma / elements, capped / elements, invalid)
 
@@ -208,76 +213,76 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
     def learn_from_fused(self, buckets: Sequence[NoiseBucket]) -> None:
         if self.settings.fed_by_steps:
             self._learn_rho([(b.largest, b.shards or ()) for b in buckets if b.largest is not None])
-            self._regroup(parted=False)
+            self._regroup(split_up=False)
         self._end_step()
 
     def learn_from_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
         """After the base's step: average the squared gradients, and what they changed over the step."""
         largest: list[tuple[Tensor, Sequence[ProcessGroup]]] = []
-        parted = False
+        split_up = False
         for bucket in self.gather(groups) if self.settings.fed_by_steps else ():
             grads = list(map(_grad, bucket.params))
             present = list(map(is_not, grads, repeat(None)))
             if not any(present):
                 continue
-            portion = Portion(bucket, present, self.settings.lipschitz == "element")
+            subset = Subset(bucket, present, self.settings.lipschitz == "element")
             sources = [g for g in grads if g is not None]
             if bucket.shards is not None:
-                sources = [local_gradient(p) for p in portion.params]
-            quotient = self._update(portion, sources, portion.weights_before())
+                sources = [local_gradient(p) for p in subset.params]
+            quotient = self._update(subset, sources, subset.weights_before())
             largest.append((quotient, bucket.shards or ()))
-            parted |= not portion.whole
+            split_up |= not subset.whole
         self._learn_rho(largest)
-        self._regroup(parted)
+        self._regroup(split_up)
         self._end_step()
 
     def learn_from_estimates(
-        self, portions: Sequence[Portion], sources: Sequence[list[Tensor]], keys: Sequence[Tensor | None], **how: Any
+        self, subsets: Sequence[Subset], sources: Sequence[list[Tensor]], keys: Sequence[Tensor | None], **how: Any
     ) -> None:
         """Average estimates of the curvature at the present weights: ``how`` is that of ``curvature_``."""
         largest: list[tuple[Tensor, Sequence[ProcessGroup]]] = []
-        for portion, source, key in zip(portions, sources, keys, strict=True):
-            backup = portion.weights_at_estimate() if self.settings.learns_rho else None
-            largest.append((self._update(portion, source, backup, key=key, **how), portion.bucket.shards or ()))
+        for subset, source, key in zip(subsets, sources, keys, strict=True):
+            backup = subset.weights_at_estimate() if self.settings.learns_rho else None
+            largest.append((self._update(subset, source, backup, key=key, **how), subset.bucket.shards or ()))
             if self.settings.learns_rho:
-                portion.keep_weights()
+                subset.keep_weights()
         self._learn_rho(largest)
-        self._regroup(parted=not all(portion.whole for portion in portions))
+        self._regroup(split_up=not all(subset.whole for subset in subsets))
         self.estimates += 1
         self.estimated = self.steps
 
-    def _update(self, portion: Portion, sources: list[Tensor], backup: Tensor | None, **how: Any) -> Tensor:
+    def _update(self, subset: Subset, sources: list[Tensor], backup: Tensor | None, **how: Any) -> Tensor:
         if not set(map(_dtype, sources)) <= _WIDE:
             sources = [s if s.dtype in _WIDE else s.float() for s in sources]
-        tick = portion.clock.next()
+        update = subset.correction.next()
         largest = ops.curvature_(
-            portion.curvatures(),
+            subset.curvatures(),
             sources,
-            params=portion.local() if backup is not None else (),
+            params=subset.local() if backup is not None else (),
             backup=backup,
-            corrections=tick.corrections,
-            lipschitz=portion.lipschitz(),
-            **portion.bucket.averaging(),
+            corrections=update.corrections,
+            lipschitz=subset.lipschitz(),
+            **subset.bucket.averaging(),
             **how,
         )
-        portion.clock.advance(tick)
-        for p, track in zip(portion.params, portion.tracks, strict=True):
-            track.clock = portion.clock
-            self.tracks[p] = track
-        if portion.whole and not portion.known:
-            portion.bucket.follow(portion.tracks)
+        subset.correction.advance(update)
+        for p, state in zip(subset.params, subset.states, strict=True):
+            state.correction = subset.correction
+            self.states[p] = state
+        if subset.whole and not subset.known:
+            subset.bucket.follow(subset.states)
         return largest
 
     def _learn_rho(self, largest: Sequence[tuple[Tensor, Sequence[ProcessGroup]]]) -> None:
         """Take the largest quotient into the global constant. 0 says that there was none; one that is not finite
-        rings, and changes nothing."""
+        is recorded, and changes nothing."""
         if not largest:
             return
         q = combine([combine([each], math.inf, shards) for each, shards in largest], math.inf)
-        self.alarm.hear(~q.isfinite())
+        self.nonfinite.record(~q.isfinite())
         if self.settings.lipschitz != "global":
             return
-        old = torch.zeros_like(q) if self.rho is None else ops.on_device(self.rho, q.device)
+        old = torch.zeros_like(q) if self.rho is None else on_device(self.rho, q.device)
         beta = self.settings.beta2
         new = torch.where((q > 0.0) & (q < math.inf), beta * old + (1.0 - beta) * q, old)
         if self.rho is None or self.rho.device != q.device:
@@ -285,16 +290,16 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         else:
             self.rho.copy_(new)  # a CUDA graph needs one address
 
-    def _regroup(self, parted: bool) -> None:
+    def _regroup(self, split_up: bool) -> None:
         """Parameters that were not updated with the others of their bucket leave it, and join those that are now
         as old: the buckets are a function of what a checkpoint holds."""
-        if not parted:
+        if not split_up:
             seen: set[Any] = set()
             for bucket in self.known_buckets():
-                kind = (bucket.group, bucket.device, bucket.shards, bucket.clock.updates)
-                parted |= kind in seen
+                kind = (bucket.group, bucket.device, bucket.shards, bucket.correction.updates)
+                split_up |= kind in seen
                 seen.add(kind)
-        if parted:
+        if split_up:
             self.forget()
 
     def _end_step(self) -> None:
@@ -306,11 +311,11 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
     def diagnosis(self, groups: Sequence[dict[str, Any]]) -> str:
         """What is not finite, as a message. The host waits for the answer."""
         what = "a difference quotient of the curvature"
-        for p, track in self.tracks.items():
-            if not bool(local(track.curvature).isfinite().all()):
+        for p, state in self.states.items():
+            if not bool(local(state.curvature).isfinite().all()):
                 what = f"the curvature of {name_of(p, groups)}"
                 break
-            if track.lipschitz is not None and not bool(local(track.lipschitz).isfinite().all()):
+            if state.lipschitz is not None and not bool(local(state.lipschitz).isfinite().all()):
                 what = f"the Hessian-Lipschitz constant of {name_of(p, groups)}"
                 break
             if not bool(local(p).isfinite().all()):

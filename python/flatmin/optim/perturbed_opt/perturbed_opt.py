@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..._checks import check_int, check_size
+from .._arguments import build_base, check_model, check_noise_options
+from .._batchnorm import BatchNormBuffers, CleanStatistics
+from .._perturbing import Perturbing, accumulate
+from .._wrapper import Closure
 from ._checkpoint import Checkpoint, check_noise, split, unpack_noise
 from ._estimates import learn_from_callable, learn_from_gnb, learn_from_hutchinson
-from ._noise import NoiseSet, NoiseStats, can_move
-from ._noise_bucket import Settings
-from ._options import build_base, check_int, check_model, check_noise_options, check_size
-from ._passes import BatchNormBuffers, CleanStatistics
-from ._perturbing import Perturbing, accumulate
-from ._wrapper import Closure
+from ._noise_set import NoiseSet, NoiseStats, can_move
+from ._settings import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -172,7 +173,7 @@ class PerturbedOPT(Perturbing):
         """Whether an ascent would move anything at this step: ``start`` allows it, some group has noise, and there is
         a curvature, which the first step has yet to find."""
         noise = self._set
-        known = bool(noise.tracks) or not noise.settings.curved
+        known = bool(noise.states) or not noise.settings.curved
         return known and noise.steps >= self._start and any(map(can_move, self._groups()))
 
     @contextlib.contextmanager
@@ -342,7 +343,7 @@ class PerturbedOPT(Perturbing):
         return self._set.stats()
 
     def _refuse_what_is_not_finite(self, wait: bool = False) -> None:
-        if self._set.alarm.rung(wait):
+        if self._set.nonfinite.poll(wait):
             self.restore()
             raise RuntimeError(self._set.diagnosis(self._groups()))
 

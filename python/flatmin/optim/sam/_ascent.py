@@ -9,24 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from ._norms import combine, total
-from ._perturbed import Bucket, PerturbedSet, name_of, trained, with_gradient
+from ... import ops
+from ..._checks import check_radius
+from ..._devices import on_device
+from ..._distributed import combine, total
+from .._buckets import Bucket, PerturbedSet, name_of, trained, with_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["AscentSet", "can_move", "check_radius"]
-
-
-def check_radius(rho: Any, name: str = "rho") -> None:
-    """``TypeError`` or ``ValueError`` unless ``rho`` can be a radius."""
-    if isinstance(rho, Tensor):
-        if rho.numel() != 1:
-            raise ValueError(f"{name}: a tensor of shape {tuple(rho.shape)} given; a radius is a float or 0-dim tensor")
-    elif not isinstance(rho, int | float):
-        raise TypeError(f"{name}: {rho!r} given; a radius is a float or a 0-dim tensor")
-    ops.check_finite_radius(rho, name)
+__all__ = ["AscentSet", "can_move"]
 
 
 def can_move(group: dict[str, Any]) -> bool:
@@ -118,7 +110,7 @@ class AscentSet(PerturbedSet[Bucket]):
         assert self.norm is not None
         counts = []
         for m in moving:
-            norm = ops.on_device(self.norm, m.bucket.device)
+            norm = on_device(self.norm, m.bucket.device)
             counts.append(total([ops.ties(m.grads, norm, m.weights, **m.options)], m.bucket.shards or ()))
         return total(counts or [torch.zeros_like(self.norm)], self.sync)
 
@@ -133,16 +125,16 @@ class AscentSet(PerturbedSet[Bucket]):
     ) -> None:
         bucket, device = m.bucket, m.bucket.device
         if share is not None:
-            rho = (ops.on_device(rho, share.device) if isinstance(rho, Tensor) else rho) / share
+            rho = (on_device(rho, share.device) if isinstance(rho, Tensor) else rho) / share
         # Each bucket counts its elements from 0, so each needs a stream of its own.
         words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
-        stream = None if words is None else ops.on_device(words, device)
+        stream = None if words is None else on_device(words, device)
         options = {"q": self.q, "eps": self.eps, "key": stream, **m.options}
         if with_norm:
             self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
         else:
             assert self.norm is not None
-            ops.sam_ascend_(m.params, m.grads, bucket.backup, ops.on_device(self.norm, device), rho, **options)
+            ops.sam_ascend_(m.params, m.grads, bucket.backup, on_device(self.norm, device), rho, **options)
         bucket.moved = True
         bucket.bump_versions()
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._ascent import AscentSet, can_move, check_radius
-from ._options import build_base, check_int, check_model, check_sam_groups, check_sam_options
-from ._passes import BatchNormBuffers, RandomReplay
-from ._perturbing import Perturbing, accumulate
-from ._wrapper import Closure, GradScaler
+from ..._checks import check_int, check_radius
+from .._arguments import build_base, check_model, check_sam_groups, check_sam_options
+from .._batchnorm import BatchNormBuffers
+from .._perturbing import Perturbing, accumulate
+from .._rng_replay import RandomReplay
+from .._wrapper import Closure, GradScaler
+from ._ascent import AscentSet, can_move
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,5 +1,4 @@
-"""What happens in the neighbourhood of the weights: how fast the Hessian changes, how much the loss rises under noise.
-Public in :mod:`flatmin.curvature`."""
+"""How fast the Hessian changes around the weights."""
 
 from __future__ import annotations
 
@@ -10,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .. import ops
+from .._checks import check_int
+from .._devices import on_device
 from ._diagonals import Diagonal, check_diagonal, diagonal
-from ._measure import LossFn, Measurement, Part, check_tensors, names_of, refuse_not_finite
-from ._options import check_int
-from ._probes import ScalarEstimate, scalar_estimate
+from ._measurement import MOVES, LossFn, Measurement, Part, check_tensors, names_of, refuse_not_finite
 
-__all__ = ["check_lipschitz", "check_neighbourhood", "expected_sharpness", "lipschitz", "rises"]
-
-#: What random numbers are for: each has its own stream. 0 is that of the probes.
-_MOVES, _NOISE = 1, 2
-
-
-# ---- how fast the Hessian changes ----
+__all__ = ["check_lipschitz", "check_neighbourhood", "lipschitz"]
 
 
 def lipschitz(
@@ -92,7 +85,7 @@ def lipschitz(
         for draw in range(samples):
 
             def move(part: Part, backup: Tensor, draw: int = draw) -> None:
-                key = part.key(seed, draw, _MOVES)
+                key = part.key(seed, draw, MOVES)
                 ops.scaled_noise_(part.of(m.params), backup, key, law=law, gamma=gamma, eps=eps)
 
             with m.moved(move):
@@ -116,69 +109,9 @@ def lipschitz(
 def _quantile(quotients: Sequence[Tensor], q: float) -> float:
     """The smallest of the quotients that at least the share ``q`` of them does not exceed; -1 marks none."""
     device = quotients[0].device
-    pool = torch.cat([ops.on_device(t, device).flatten() for t in quotients])
+    pool = torch.cat([on_device(t, device).flatten() for t in quotients])
     pool = pool[pool >= 0.0]
     return float(pool.kthvalue(math.ceil(q * pool.numel())).values) if pool.numel() else 0.0
-
-
-# ---- the loss around a point ----
-
-
-def expected_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    data: Any,
-    *,
-    params: Iterable[Tensor] | None = None,
-    scale: float,
-    law: str = "normal",
-    gamma: float = 0.0,
-    eps: float = 1.0,
-    curvatures: Sequence[Tensor] | None = None,
-    lipschitz: float | Sequence[Tensor] = 0.0,
-    samples: int = 20,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> ScalarEstimate:
-    """Expected rise of the loss under random noise on the weights, ``E_u L(w + u) - L(w)``.
-
-    ``scale=0.01`` alone is isotropic normal noise of that size (Neyshabur et al. 2017, arXiv 1706.08947).
-
-    Args:
-        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
-        scale, law, gamma, eps, curvatures, lipschitz: the noise, as in :func:`flatmin.ops.scaled_noise_`.
-        samples: number of draws >= 1; each is one forward pass over the data.
-        seed: of the noise.
-
-    Returns:
-        ``(value, stderr, samples)``, in units of the loss.
-    """
-    check_int("samples", samples, 1)
-    check_neighbourhood(gamma, eps)
-    with Measurement(model, loss_fn, data, params, "expected sharpness", samples + 1, progress) as m:
-        noise: dict[str, Any] = {"law": law, "scale": scale, "gamma": gamma, "eps": eps, "lipschitz": lipschitz}
-        if curvatures is not None:
-            noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)
-        if not isinstance(lipschitz, float | int):
-            noise["lipschitz"] = check_tensors("lipschitz", lipschitz, m.params)
-        return rises(m, float(m.mean_loss()), samples, seed, noise)
-
-
-def rises(m: Measurement, clean: float, samples: int, seed: int, noise: dict[str, Any]) -> ScalarEstimate:
-    """The loss under ``samples`` draws of the noise, less the ``clean`` one."""
-    found = []
-    for draw in range(samples):
-
-        def move(part: Part, backup: Tensor, draw: int = draw) -> None:
-            here: dict[str, Any] = {name: part.of(x) if isinstance(x, list) else x for name, x in noise.items()}
-            ops.scaled_noise_(part.of(m.params), backup, part.key(seed, draw, _NOISE), **here)
-
-        with m.moved(move):
-            found.append(float(m.mean_loss()) - clean)
-    return scalar_estimate(found)
-
-
-# ---- checks ----
 
 
 def check_neighbourhood(gamma: float, eps: float) -> None:

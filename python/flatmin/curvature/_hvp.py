@@ -1,0 +1,72 @@
+"""Products with the Hessian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ._measurement import LossFn, Measurement, Part, check_tensors
+
+__all__ = ["check_method", "hvp"]
+
+
+def hvp(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    v: Sequence[Tensor],
+    *,
+    params: Iterable[Tensor] | None = None,
+    method: str = "autograd",
+    step: float | None = None,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Product ``H v`` of the Hessian of the mean loss and a vector.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
+        v: tensors like the parameters.
+        method: "autograd" differentiates twice. "finite_difference" takes ``(g(w + h v) - g(w - h v)) / (2 h)``: for
+            models with operators that cannot be differentiated twice, as fused attention. It costs two gradients, errs
+            by O(h^2), and sees the kinks of ReLU that lie within the step.
+        step: ``h`` > 0; default ``cbrt(eps) (1 + ||w||) / ||v||`` with the machine epsilon of the parameters' type.
+
+    Returns:
+        Tensors like the parameters.
+
+    Raises:
+        RuntimeError: an operator of the model cannot be differentiated twice.
+        TypeError, ValueError: an argument cannot be used; the message names it.
+    """
+    difference = check_method(method, step)
+    with Measurement(model, loss_fn, data, params, "H v", 2 if difference else 1, progress) as m:
+        vectors = check_tensors("v", v, m.params)
+        if not difference:
+            return m.hvp(vectors)
+        length = m.norm(vectors)
+        if length == 0.0:
+            return m.zeros()
+        h = step or m.step_size(length)
+
+        def plus(part: Part, backup: Tensor) -> None:
+            one = torch.ones((), dtype=torch.float64, device=part.device)
+            ops.sam_ascend_(part.of(m.params), part.of(vectors), backup, one, h, eps=0.0)
+
+        def minus(part: Part, backup: Tensor) -> None:  # a step of SGD along v: an ascent has no negative radius
+            ops.restore_sgd_(part.of(m.params), part.of(vectors), (), backup, h)
+
+        return m.difference(plus, minus, h)
+
+
+def check_method(method: str, step: float | None) -> bool:
+    """Whether ``method`` is that of finite differences."""
+    if method not in ("autograd", "finite_difference"):
+        raise ValueError(f"method: {method!r} is none of 'autograd', 'finite_difference'")
+    if step is not None and not 0.0 < step < math.inf:
+        raise ValueError(f"step: {step} given; give a finite float > 0, or None for the default")
+    return method == "finite_difference"

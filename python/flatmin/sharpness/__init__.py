@@ -1,0 +1,6 @@
+"""How flat a minimum is: the loss in the neighbourhood of the weights, and what it says of unseen data."""
+
+from ._expected import expected_sharpness
+from ._pacgen import PACGen, pacgen
+
+__all__ = ["PACGen", "expected_sharpness", "pacgen"]
