@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Perturbing(Wrapper):
     #: What a loop that never perturbs should do, for the warning.
     _advice: str
 
+    #: Our keys of a group that a user may set, each with ``check(name, value)``.
+    group_checks: ClassVar[Mapping[str, Callable[[str, Any], None]]]
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -38,14 +41,13 @@ class Perturbing(Wrapper):
         perturbed: PerturbedSet[Any],
         batch_norm: BatchNormBuffers | None,
     ) -> None:
-        self._group_defaults = group_defaults
-        check_keys(optimizer, group_defaults)
-        optimizer.defaults.update(group_defaults)
+        self._group_defaults: dict[str, Any] = {}
         super().__init__(optimizer)
-        self._fill_groups()
+        self._define_keys(group_defaults)
         self._set = perturbed
         self._batch_norm = batch_norm
         self._watch = Watch()
+        self._set_to_none: bool | None = None
 
     @property
     def active(self) -> bool:
@@ -78,12 +80,10 @@ class Perturbing(Wrapper):
             self._set.restore()
             self._end_pass()
 
-    def _run_perturbed(self, closure: Closure, clear_grads: bool = False) -> Any:
+    def _run_perturbed(self, closure: Closure) -> Any:
         """Ascend and run ``closure``. The weights stay perturbed, unless it raises."""
         self.ascend()
         try:
-            if clear_grads:
-                self._clear_grads()
             return closure()
         except BaseException:
             self.restore()
@@ -91,10 +91,18 @@ class Perturbing(Wrapper):
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
+    def _finish_gradient(self) -> None:
+        """What a method does to the gradients between the last pass and the step."""
+
     def _base_step(self) -> None:
         counts = _changes_weights(self._groups())
         if counts:
             self._watch.see_step(self)
+        try:
+            self._finish_gradient()
+        except BaseException:
+            self.restore()
+            raise
         if not self._unscale():
             self.restore()
             return
@@ -124,6 +132,20 @@ class Perturbing(Wrapper):
             self._fill_groups()  # an older checkpoint was loaded through the base itself
         return groups
 
+    def _define_keys(self, group_defaults: dict[str, Any]) -> None:
+        """Give every group our keys: those of the class and, called by a subclass, its own."""
+        self._check_groups(self.base.param_groups)
+        check_keys(self.base, group_defaults)
+        self.base.defaults.update(group_defaults)
+        self._group_defaults |= group_defaults
+        self._fill_groups()
+
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for index, group in enumerate(groups):
+            for key, check in self.group_checks.items():
+                if key in group:
+                    check(f"param_groups[{index}]['{key}']", group[key])
+
     def _fill_groups(self) -> None:
         for group in self.base.param_groups:
             for key, value in self._group_defaults.items():
@@ -134,13 +156,36 @@ class Perturbing(Wrapper):
         self._fill_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            for key, check in self.group_checks.items():
+                if key in param_group:
+                    check(key, param_group[key])
         super().add_param_group(param_group)
         self._fill_groups()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._set_to_none = set_to_none
+
+    def _sets_to_none(self) -> bool:
+        """Whether the loop lets go of its gradients, as it last said. One that never said so and holds views, of a
+        flat buffer of its own, wants them filled."""
+        if self._set_to_none is None:
+            return not any(grad._is_view() for grad in self._gradients().values())
+        return self._set_to_none
+
     def _clear_grads(self) -> None:
-        for group in self.base.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        """As the loop does it: some bases clear more than ``.grad``, some loops hold on to the tensors."""
+        set_to_none = self._sets_to_none()
+        if type(self.base).zero_grad is torch.optim.Optimizer.zero_grad and set_to_none:
+            for group in self.base.param_groups:  # what it does, without its range for the profiler
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            self.base.zero_grad(set_to_none)
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        return {p: p.grad for group in self.base.param_groups for p in group["params"] if p.grad is not None}
 
     @torch.no_grad()
     def _take_grads(self) -> dict[Tensor, Tensor]:

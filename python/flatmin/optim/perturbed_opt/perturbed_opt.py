@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..._checks import check_int, check_size
-from .._arguments import build_base, check_model, check_noise_options
+from .._arguments import build_base, check_model
 from .._batchnorm import BatchNormBuffers, CleanStatistics
 from .._perturbing import Perturbing, accumulate
 from .._wrapper import Closure
 from ._checkpoint import Checkpoint, check_noise, split, unpack_noise
 from ._estimates import learn_from_callable, learn_from_gnb, learn_from_hutchinson
 from ._noise_set import NoiseSet, NoiseStats, can_move
+from ._options import check_options
 from ._settings import Settings
 
 if TYPE_CHECKING:
@@ -122,6 +123,11 @@ class PerturbedOPT(Perturbing):
 
     _set: NoiseSet
     _batch_norm: CleanStatistics | None
+    group_checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        "popt_scale": check_size,
+        "popt_gamma": check_size,
+        "popt_eps": check_size,
+    }
     _advice = "Compute the gradient within `with opt.perturb():`, or call opt.step(closure)"
 
     def __init__(
@@ -151,13 +157,12 @@ class PerturbedOPT(Perturbing):
         own: dict[str, Any] = {"hessian": hessian, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
         own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "hessian_interval": hessian_interval}
         others: dict[str, Any] = {"dist": dist, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync}
-        check_noise_options(**own, **others, draws=draws, generator=generator, start=start)
+        check_options(**own, **others, draws=draws, generator=generator, start=start)
         check_model(model, same_rng=False)
-        optimizer = build_base("PerturbedOPT", optimizer_or_params, base, base_kwargs)
+        optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
         group_defaults = {"popt_scale": scale}
         if sizing == "curvature":
             group_defaults |= {"popt_gamma": gamma, "popt_eps": eps}
-        _check_groups(optimizer.param_groups, group_defaults)
         settings = Settings(dist, sizing, hessian, lipschitz, beta1, beta2, min_step, schedule, sync)
         seed = torch.initial_seed()
         if generator is not None:
@@ -199,7 +204,7 @@ class PerturbedOPT(Perturbing):
         if not self.active:
             return
         groups = self._groups()
-        _check_groups(groups, self._group_defaults)
+        self._check_groups(groups)
         if self._batch_norm is not None:
             self._batch_norm.see_step(self._set.steps)
             self._batch_norm.save()
@@ -384,16 +389,7 @@ class PerturbedOPT(Perturbing):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base's ``add_param_group()``; the group may have its own ``popt_gamma``, ``popt_eps``, ``popt_scale``.
         Its first step is without noise."""
-        if isinstance(param_group, dict):
-            for key in self._group_defaults:
-                check_size(key, param_group.get(key, 0.0))
         super().add_param_group(param_group)
-
-
-def _check_groups(groups: Sequence[dict[str, Any]], keys: dict[str, Any]) -> None:
-    for index, group in enumerate(groups):
-        for key in keys:
-            check_size(f"param_groups[{index}]['{key}']", group.get(key, 0.0))
 
 
 def _mean(losses: list[Any]) -> Any:
