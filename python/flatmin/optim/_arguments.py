@@ -15,6 +15,8 @@ __all__ = [
     "build_base",
     "check_keys",
     "check_model",
+    "check_patterns",
+    "share_arguments",
 ]
 
 
@@ -56,6 +58,62 @@ def build_base(
             "passes to perturb; use an optimizer whose step() needs no closure"
         )
     return optimizer
+
+
+def share_arguments(
+    init: Callable[..., None],
+    prefix: str,
+    own: dict[str, Any],
+    base: Callable[..., torch.optim.Optimizer] | None,
+    base_kwargs: dict[str, Any],
+) -> None:
+    """Settle who gets an argument whose name both a wrapper and ``base`` have, by changing both dicts.
+
+    It is the base's, as the class that the caller named last; the wrapper's has a spelling of its own, ``prefix`` and
+    the name. The radius is the exception: it is what a wrapper is called with first, so it has to be spelled out.
+
+    Args:
+        init: of the wrapper.
+        prefix: of the wrapper's own spelling, as "sam_".
+        own: the wrapper's arguments by name.
+        base: what builds the base, None if there is an instance.
+        base_kwargs: other arguments.
+    """
+    defaults = init.__kwdefaults__ or {}
+    # An argument that was given is another object than the default, be it equal; but for None, bools and small
+    # integers, which say nothing that the default does not.
+    given = {name for name, value in own.items() if value is not defaults[name]}
+    spelled_out = {name for name in own if prefix + name in base_kwargs}
+    for name in spelled_out:
+        value = base_kwargs.pop(prefix + name)
+        if name in given and (base is None or name not in _names_of(base)):
+            raise TypeError(f"{name}: given twice, as {name} and as {prefix}{name}")
+        if name in given:
+            base_kwargs[name] = own[name]
+        own[name] = value
+    for name in sorted(given - spelled_out):
+        if base is None or name not in _names_of(base):
+            continue
+        if name == "rho":
+            kind = getattr(base, "__name__", repr(base))
+            raise TypeError(
+                f"rho: both the wrapper and {kind} have one; give {prefix}rho= for the radius, and with it rho= for "
+                f"that of {kind}"
+            )
+        base_kwargs[name], own[name] = own[name], defaults[name]
+
+
+def _names_of(base: Callable[..., torch.optim.Optimizer]) -> set[str]:
+    try:
+        return set(inspect.signature(base).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return set()
+
+
+def check_patterns(name: str, patterns: Any) -> None:
+    """``TypeError`` unless ``patterns`` is a sequence of strings."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name}: {patterns!r} given; give a list of names or patterns, as ['encoder.*.counter']")
 
 
 def check_keys(optimizer: torch.optim.Optimizer, keys: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import _fused
 from ._arguments import check_keys
-from ._batchnorm import BatchNormBuffers
 from ._buckets import Bucket, PerturbedSet
+from ._closures import GradientRecord
+from ._model_buffers import ModelBuffers
 from ._wrapper import Closure, Wrapper
 
 __all__ = ["Perturbing", "accumulate"]
@@ -25,7 +26,7 @@ class Perturbing(Wrapper):
         optimizer: the base.
         group_defaults: our keys of the groups, with the values of groups that lack them.
         perturbed: the set that moves.
-        batch_norm: statistics that must not see the perturbed weights.
+        buffers: those of the model, which must not see the perturbed weights.
     """
 
     #: What a loop that never perturbs should do, for the warning.
@@ -39,15 +40,18 @@ class Perturbing(Wrapper):
         optimizer: torch.optim.Optimizer,
         group_defaults: dict[str, Any],
         perturbed: PerturbedSet[Any],
-        batch_norm: BatchNormBuffers | None,
+        buffers: ModelBuffers | None,
     ) -> None:
         self._group_defaults: dict[str, Any] = {}
         super().__init__(optimizer)
         self._define_keys(group_defaults)
         self._set = perturbed
-        self._batch_norm = batch_norm
+        self._buffers = buffers
         self._watch = Watch()
         self._set_to_none: bool | None = None
+        self._cleared = False
+        self._zeroed: tuple[Tensor, int] | None = None
+        self._unscaled_before = False
 
     @property
     def active(self) -> bool:
@@ -66,13 +70,14 @@ class Perturbing(Wrapper):
     # -- passes ----------------------------------------------------------------------------------------------------
 
     def _start_pass(self) -> None:
+        self._unscaled_before, self._unscaled = self._unscaled, False
         # autocast caches the 16-bit copies of the weights until its outermost block ends
         torch.clear_autocast_cache()
 
     def _end_pass(self) -> None:
         torch.clear_autocast_cache()
-        if self._batch_norm is not None:
-            self._batch_norm.restore()
+        if self._buffers is not None:
+            self._buffers.restore()
 
     def restore(self) -> None:
         """Move the weights back to ``w``. Nothing happens if they are there."""
@@ -86,8 +91,12 @@ class Perturbing(Wrapper):
         try:
             return closure()
         except BaseException:
-            self.restore()
+            self._abandon()
             raise
+
+    def _abandon(self) -> None:
+        """Give up the pass after an exception: the weights come back."""
+        self.restore()
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -100,25 +109,36 @@ class Perturbing(Wrapper):
             self._watch.see_step(self)
         try:
             self._finish_gradient()
+            self._refuse_two_scales()
+            if self._unscale():
+                self._take_step(counts)
+            else:  # torch.amp.GradScaler skips this step
+                self.restore()
+                counts = False
         except BaseException:
-            self.restore()
+            self._abandon()
             raise
-        if not self._unscale():
-            self.restore()
-            return
-        self._take_step(counts)
+        finally:
+            self._unscaled = self._unscaled_before = False
         if counts:
             self._count_step()
+
+    def _refuse_two_scales(self) -> None:
+        """torch.amp.GradScaler takes gradients that it unscaled before a perturbation for unscaled ones, although those
+        of the pass that came after it still have the scale."""
+        if self._unscaled_before and not self._unscaled and self._called_by_scaler():
+            raise RuntimeError(
+                f"{type(self).__name__}: scaler.unscale_() ran before the perturbed pass and not after it, so the "
+                "gradients of that pass would be stepped with as if they were unscaled. Unscale (and clip) once, after "
+                "`with opt.perturb()`; SAM's ascent does not depend on the scale. If that pass did not scale its loss, "
+                "call opt.step() instead of scaler.step(opt)"
+            )
 
     def _fused_step(self, buckets: Sequence[Bucket]) -> bool:
         """Restore and step in one pass, if that fits. ``buckets`` are those that the base will step."""
         if not self._set.perturbed:
             return False
-        try:
-            done = _fused.restore_and_step(self.base, buckets)
-        except BaseException:
-            self.restore()
-            raise
+        done = _fused.restore_and_step(self.base, buckets)
         if done:
             self.restore()
         return done
@@ -165,7 +185,28 @@ class Perturbing(Wrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._set_to_none = set_to_none
+        self._set_to_none, self._cleared = set_to_none, True
+        first = None if set_to_none else next(iter(self._gradients().values()), None)
+        self._zeroed = None if first is None else (first, first._version)
+
+    def _run_closure(self, closure: Closure, adds_up: bool = False) -> tuple[Any, GradientRecord]:
+        """What ``closure`` returns at the weights as they are, and what it did to the gradients. ``adds_up``: it is
+        called once, so that it may add to them.
+
+        Raises:
+            RuntimeError: it added to gradients that were there, which further calls of it would not compute again.
+        """
+        clean = self._zeroed is not None and self._zeroed[0]._version == self._zeroed[1]
+        record, self._cleared = GradientRecord(self.base.param_groups), False
+        result = closure()
+        if not (adds_up or self._cleared or clean) and record.added():
+            raise RuntimeError(
+                f"{type(self).__name__}.step(closure): the closure added its gradient to one that was there. The "
+                "perturbed pass calls it again, and would lose what earlier micro-batches computed. Clear the "
+                "gradients in the closure; to accumulate micro-batches, call opt.backward(closure) for each (it takes "
+                "a closure without backward() and m=), or repeat all of them within `with opt.perturb():`"
+            )
+        return result, record
 
     def _sets_to_none(self) -> bool:
         """Whether the loop lets go of its gradients, as it last said. One that never said so and holds views, of a

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
-from ._batchnorm import BatchNormBuffers
 from ._buckets import PerturbedSet
+from ._model_buffers import ModelBuffers
 from ._perturbing import Perturbing, accumulate
 from ._rng_replay import RandomReplay
 from ._wrapper import Closure, GradScaler
@@ -36,7 +36,7 @@ class TwoPass(Perturbing):
         optimizer: the base.
         group_defaults: our keys of the groups. Of ``sam_step``, the counter of steps, every subclass has one.
         perturbed: the set that moves.
-        model, same_rng, interval, start: as of :class:`flatmin.SAM`.
+        model, exempt_buffers, same_rng, interval, start: as of :class:`flatmin.SAM`.
     """
 
     #: Whether :meth:`combine` wants the gradient at ``w``: it costs the memory of one more gradient.
@@ -51,15 +51,17 @@ class TwoPass(Perturbing):
         perturbed: PerturbedSet[Any],
         *,
         model: nn.Module | None,
+        exempt_buffers: Sequence[str],
         same_rng: bool,
         interval: int,
         start: int,
     ) -> None:
-        batch_norm = BatchNormBuffers(model) if model is not None else None
-        super().__init__(optimizer, group_defaults | {"sam_step": 0}, perturbed, batch_norm)
+        buffers = ModelBuffers(model, exempt_buffers) if model is not None else None
+        super().__init__(optimizer, group_defaults | {"sam_step": 0}, perturbed, buffers)
         self._interval, self._start = interval, start
         self._replay = RandomReplay(model) if model is not None and same_rng else None
         self._first: dict[Tensor, Tensor] | None = None
+        self._in_second_pass = False
 
     # -- what a method is ------------------------------------------------------------------------------------------
 
@@ -108,8 +110,10 @@ class TwoPass(Perturbing):
             self._clear_for_second_pass()
             yield
             self._finish_gradient()
+        except BaseException:
+            self._abandon()
+            raise
         finally:
-            self._first = None
             self.restore()
 
     def ascend(self) -> None:
@@ -119,17 +123,22 @@ class TwoPass(Perturbing):
             self._first = {p: grad.clone() for p, grad in self._first.items()}
 
     def _ascend(self) -> None:
+        """Start the second pass: at ``w + e``, or at ``w`` where the optimizer is not active."""
         self._refuse_unless_at_rest("ascend()")
-        if not self.active:
-            return
-        if self._batch_norm is not None:
-            self._batch_norm.save()
-        self._watch.ascended = self._move()
-        self._start_pass()
-        if self.needs_first_gradient:
-            self._first = self._gradients()
-        if self._replay is not None:
-            self._replay.start_second_pass()
+        if self._buffers is not None:
+            self._buffers.save()
+        self._in_second_pass = True
+        try:
+            if self.active:
+                self._watch.ascended = self._move()
+                if self.needs_first_gradient:
+                    self._first = self._gradients()
+            self._start_pass()
+            if self._replay is not None:
+                self._replay.start_second_pass()
+        except BaseException:
+            self._abandon()
+            raise
 
     def _clear_for_second_pass(self) -> None:
         if self._first is not None and not self._sets_to_none():
@@ -152,11 +161,18 @@ class TwoPass(Perturbing):
                 self.combine([first[p] for p in params], [p.grad for p in params if p.grad is not None])
 
     def restore(self) -> None:
-        """Move the weights back to ``w``. Nothing happens if they are there."""
+        """Move the weights back to ``w``, and the model's buffers to what the first pass left. Nothing happens if they
+        are there."""
         try:
             self._finish_gradient()
         finally:
             super().restore()
+            if self._in_second_pass:  # at w, since the optimizer was not active
+                self._end_pass()
+
+    def _abandon(self) -> None:
+        self._first = None
+        super()._abandon()
 
     def _run_perturbed(self, closure: Closure) -> Any:
         """Ascend and run ``closure`` without gradients. The weights stay perturbed, unless it raises."""
@@ -166,12 +182,12 @@ class TwoPass(Perturbing):
             result = closure()
             self._finish_gradient()
         except BaseException:
-            self._first = None
-            self.restore()
+            self._abandon()
             raise
         return result
 
     def _end_pass(self) -> None:
+        self._in_second_pass = False
         super()._end_pass()
         if self._replay is not None:
             self._replay.reset()
@@ -182,7 +198,8 @@ class TwoPass(Perturbing):
         Args:
             closure: clears the gradients, computes them and returns the loss. It is called once at ``w`` and, where
                 the optimizer is :attr:`active`, once more at ``w + e``. If the second call raises, the weights are
-                restored.
+                restored. One that computes no gradient, as trainers pass along when the loop has computed it, changes
+                nothing: the step is that without closure.
 
         Returns:
             What ``closure`` returned at ``w``: the clean loss. None without closure.
@@ -192,8 +209,8 @@ class TwoPass(Perturbing):
             return None
         self._refuse_unless_at_rest("step(closure)")
         with torch.enable_grad():
-            loss = closure()
-            if self.active:
+            loss, record = self._run_closure(closure)
+            if self.active and not record.untouched():
                 self._run_perturbed(closure)
         self._base_step()
         return loss

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..._checks import check_int, check_one_of, check_size
+from .._arguments import check_model, check_patterns
 
 __all__ = ["check_options"]
 
-#: What only the noise of a curvature reads, with the defaults of PerturbedOPT.
-_CURVATURE_ONLY: dict[str, Any] = {
-    "hessian": "grad2",
-    "gamma": 0.1,
-    "eps": 1e-5,
-    "beta1": 0.999,
-    "beta2": 0.1,
-    "lipschitz": "global",
-    "min_step": 1e-8,
-    "hessian_interval": 10,
-}
+#: What only the noise of a curvature reads.
+_CURVATURE_ONLY = ("hessian", "gamma", "eps", "beta1", "beta2", "lipschitz", "min_step", "hessian_interval")
 
 
 def check_options(
-    *, dist: Any, sizing: Any, scale: Any, schedule: Any, draws: Any, sync: Any, generator: Any, start: Any, **own: Any
+    defaults: Mapping[str, Any],
+    *,
+    dist: Any,
+    sizing: Any,
+    scale: Any,
+    schedule: Any,
+    draws: Any,
+    sync: Any,
+    generator: Any,
+    start: Any,
+    model: Any,
+    exempt_buffers: Any,
+    **own: Any,
 ) -> None:
-    """``own``: what only ``sizing="curvature"`` reads."""
+    """``own``: what only ``sizing="curvature"`` reads. ``defaults``: of the constructor."""
     check_one_of("dist", dist, ("uniform", "truncated_normal", "normal"))
     check_one_of("sizing", sizing, ("curvature", "filter", "tensor", "isotropic", "magnitude"))
-    for name, value in own.items():
-        if sizing != "curvature" and value != _CURVATURE_ONLY[name]:
+    for name in _CURVATURE_ONLY if sizing != "curvature" else ():
+        value = own[name]
+        if value != defaults[name]:
             raise ValueError(f"{name}: {value!r} given, but only sizing='curvature' reads it, not {sizing!r}")
     if not callable(own["hessian"]):
         check_one_of("hessian", own["hessian"], ("grad2", "gnb", "hutchinson"), "a callable")
@@ -49,6 +55,8 @@ def check_options(
         check_one_of("sync", sync, ("common", "per_rank"), "a torch.distributed process group")
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
         raise TypeError(f"generator: {generator!r} given; give a torch.Generator of the CPU, or None")
+    check_model(model, same_rng=False)
+    check_patterns("exempt_buffers", exempt_buffers)
     check_int("draws", draws, 1)
     check_int("start", start, 0)
     check_int("hessian_interval", own["hessian_interval"], 1)

@@ -8,12 +8,25 @@ import torch
 
 from ... import ops
 from ..._checks import check_int, check_one_of, check_radius, check_size
+from .._arguments import check_model, check_patterns
 
 __all__ = ["check_options", "check_scaling", "refuse_plain_rho"]
 
 
 def check_options(
-    rho: Any, adaptive: Any, eta: Any, eps: Any, p: Any, rounding: Any, sync: Any, interval: Any, start: Any
+    *,
+    rho: Any,
+    adaptive: Any,
+    eta: Any,
+    eps: Any,
+    p: Any,
+    rounding: Any,
+    sync: Any,
+    model: Any,
+    exempt_buffers: Any,
+    same_rng: Any,
+    interval: Any,
+    start: Any,
 ) -> None:
     check_radius("rho", rho)
     check_scaling("adaptive", adaptive)
@@ -25,6 +38,8 @@ def check_options(
     check_one_of("rounding", rounding, ("nearest", "stochastic"))
     if isinstance(sync, str):
         check_one_of("sync", sync, ("local",), "a torch.distributed process group")
+    check_model(model, same_rng)
+    check_patterns("exempt_buffers", exempt_buffers)
     check_int("interval", interval, 1)
     check_int("start", start, 0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_radius, check_size
-from .._arguments import build_base, check_model
+from .._arguments import build_base, share_arguments
 from .._two_pass import TwoPass
 from ._ascent import AscentSet
 from ._options import check_options, check_scaling, refuse_plain_rho
@@ -65,7 +65,10 @@ class SAM(TwoPass):
         eta: offset of ASAM's scaling, >= 0. Per group: ``sam_eta``.
         eps: added to the norm, >= 0.
         p: norm of the radius, 1 to inf. It spans every perturbed parameter, whatever its group or device.
-        model: module whose BatchNorm statistics should count the first pass only.
+        model: module whose buffers should count the first pass only: BatchNorm's statistics, spectral norm's vectors,
+            the ranges of quantization's observers. What the second pass writes to a buffer is undone.
+        exempt_buffers: names or patterns (``"*.calls"``), as in ``model.named_buffers()``, of buffers that both passes
+            may write to.
         same_rng: give the second forward of ``model`` the random numbers of the first, so that dropout drops the
             same units.
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters, most of which do not move under
@@ -76,7 +79,8 @@ class SAM(TwoPass):
             which plain parameters are sharded, to reduce the norm over it.
         interval: perturb at every ``interval``-th step only, >= 1.
         start: index of the first step that perturbs, >= 0. Steps are counted in the groups as ``sam_step``.
-        base_kwargs: arguments of ``base``.
+        base_kwargs: arguments of ``base``. A name that both have is the base's: ``SAM(params, AdamW, eps=1e-4)`` gives
+            it to AdamW, and ``sam_eps=`` is SAM's. ``rho`` with Adadelta, which has one too, must be ``sam_rho=``.
 
     Attributes:
         base: the wrapped optimizer.
@@ -103,6 +107,7 @@ class SAM(TwoPass):
         eps: float = 1e-12,
         p: float = 2.0,
         model: nn.Module | None = None,
+        exempt_buffers: Sequence[str] = (),
         same_rng: bool = False,
         rounding: str = "nearest",
         sync: str | ProcessGroup = "local",
@@ -111,17 +116,23 @@ class SAM(TwoPass):
         base_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_options(rho, adaptive, eta, eps, p, rounding, sync, interval, start)
-        check_model(model, same_rng)
         if base is not None and base_optimizer is not None:
             raise TypeError("base and base_optimizer: both given, but they are two names of one argument")
-        optimizer = build_base(type(self).__name__, optimizer_or_params, base or base_optimizer, base_kwargs)
+        base = base or base_optimizer
+        passes: dict[str, Any] = {"model": model, "exempt_buffers": exempt_buffers, "same_rng": same_rng}
+        passes |= {"interval": interval, "start": start}
+        own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps, "p": p, "rounding": rounding}
+        own |= {"sync": sync} | passes
+        share_arguments(SAM.__init__, "sam_", own, base, base_kwargs)
+        check_options(**own)
+        optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
         refuse_plain_rho(optimizer)
-        group_defaults = {"sam_rho": rho, "sam_adaptive": True if adaptive == "asam" else adaptive, "sam_eta": eta}
-        if rounding == "stochastic":
+        scaling = True if own["adaptive"] == "asam" else own["adaptive"]
+        group_defaults = {"sam_rho": own["rho"], "sam_adaptive": scaling, "sam_eta": own["eta"]}
+        if own["rounding"] == "stochastic":
             group_defaults |= {"sam_seed": torch.initial_seed(), "sam_ascents": 0}
-        passes: dict[str, Any] = {"model": model, "same_rng": same_rng, "interval": interval, "start": start}
-        super().__init__(optimizer, group_defaults, AscentSet(p, eps, sync), **passes)
+        ascent = AscentSet(own["p"], own["eps"], own["sync"])
+        super().__init__(optimizer, group_defaults, ascent, **{name: own[name] for name in passes})
 
     @property
     def last_norm(self) -> Tensor | None:
