@@ -7,6 +7,8 @@
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds
 #   make lint                       formats, clang-tidy, ruff, mypy
 #   make bench                      one SAM step beside its peers
+#   make gpu                        everything that a GPU must show, in 8 minutes, with the python and nvcc that are there
+#   make gpu ARGS=--dry-run         the same walk without a GPU
 #
 # Variables: PYTHON, VENV, TORCH (what pip installs, e.g. TORCH=torch==2.13.0), JOBS (test files at a time), ARGS (more
 # flags for the command).
@@ -27,7 +29,7 @@ INCLUDES := -Icsrc/math -Icsrc/core -Icsrc/cpu -Icsrc/torch -Icuda
 # kernels.c is checked twice: what is written for one instruction set is not there in the other.
 LINT_MARCH := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4)
 
-.PHONY: mnist test ctest pytest lint bench wheel clean
+.PHONY: mnist test ctest pytest lint bench gpu wheel clean
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +94,9 @@ $(VENV)/.bench-tools: $(VENV)/.installed
 
 bench: $(VENV)/.bench-tools
 	$(BIN)/python benchmarks/sam_step.py $(ARGS)
+
+gpu:
+	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist out $(VENV) python/flatmin.egg-info

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
+from drawing import st
 from flatmin import ops
 from problems import LAYOUTS, Problem, fill
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import flatmin
+from drawing import HYPOTHESIS
 from flatmin.ops import _library
 
 #: The compiler that CMake would take.
@@ -27,6 +28,7 @@ PARTS = {
     "a build with nvcc": NVCC is not None or CUDA_LIBRARY.exists(),
     "a CUDA build of torch": torch.version.cuda is not None,
     "a CPU build of torch": torch.version.cuda is None,
+    "hypothesis": HYPOTHESIS,
 }
 
 
