@@ -71,7 +71,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:([^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     assert flags is not None
     includes = [f"-I{ROOT / name}" for name in ("csrc/math", "csrc/core", "cuda")]
-    command = [requirements.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
+    command = [
+        requirements.NVCC or "nvcc",
+        "-cubin",
+        "-arch=sm_90",
+        "-std=c++17",
+        "-O3",
+        *flags.group(1).split(),
+        *includes,
+    ]
     keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / "kernels.cubin")]
     source = str(ROOT / "cuda" / "kernels.cu")
     run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
