@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -18,8 +19,9 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(self.build_temp).resolve()
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={out}"]
-        if architectures := os.environ.get("FM_CUDA_ARCHITECTURES"):  # a developer's build for one GPU
-            configure.append(f"-DFM_CUDA_ARCHITECTURES={architectures}")
+        # given every time: CMake would keep what the last build in this folder was given
+        configure.append(f"-DFM_CUDA_ARCHITECTURES={os.environ.get('FM_CUDA_ARCHITECTURES') or 'native'}")
+        (out / "_C_cuda.so").unlink(missing_ok=True)  # nor may that build's library pass for this one's
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", build, "--target", "install"])
 
@@ -32,4 +34,5 @@ class AnyPython(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+logging.disable(logging.INFO)  # so that pip -v shows what is compiled, and not every file that is copied
 setup(ext_modules=[Extension("flatmin._C", [])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython})

@@ -459,6 +459,12 @@ static bool op_isa(fm_args *args, StableIValue *stack) {
   return true;
 }
 
+static bool op_best_isa(fm_args *args, StableIValue *stack) {
+  (void)args;
+  stack[0] = (fm_slot){.integer = fm_this_backend.best_isa()}.value;
+  return true;
+}
+
 /* ---- the table ---- */
 
 /* name, whether it has a kernel for each device (no tensor argument: nothing to dispatch on), schema */
@@ -504,7 +510,8 @@ static bool op_isa(fm_args *args, StableIValue *stack) {
     "pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, Tensor "             \
     "curvature_scale, float gamma, float eps) -> Tensor")                                                             \
   X(filter_norm, true, "filter_norm(Tensor[] tensors, bool whole) -> Tensor")                                         \
-  X(isa, false, "isa() -> int")
+  X(isa, false, "isa() -> int")                                                                                       \
+  X(best_isa, false, "best_isa() -> int")
 
 typedef bool fm_body(fm_args *args, StableIValue *stack);
 

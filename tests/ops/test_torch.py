@@ -77,9 +77,10 @@ def test_opcheck(name: str) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_opcheck_of_isa() -> None:
+@pytest.mark.parametrize("name", ["isa", "best_isa"])
+def test_opcheck_of_isa(name: str) -> None:
     """No tensors go in or out, so only its schema can be checked."""
-    results = torch.library.opcheck(torch.ops.flatmin.isa.default, (), test_utils="test_schema")
+    results = torch.library.opcheck(getattr(torch.ops.flatmin, name).default, (), test_utils="test_schema")
     assert results == {"test_schema": "SUCCESS"}
 
 
@@ -146,6 +147,7 @@ def test_schemas_are_the_published_ones() -> None:
         "flatmin::filter_norm(Tensor[] tensors, bool whole) -> Tensor"
     )
     assert str(torch.ops.flatmin.isa.default._schema) == "flatmin::isa() -> int"
+    assert str(torch.ops.flatmin.best_isa.default._schema) == "flatmin::best_isa() -> int"
 
 
 # ---- fake and meta tensors ----
