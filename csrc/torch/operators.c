@@ -3,6 +3,7 @@
 #include "backend.h"
 
 #include <assert.h>
+#include <inttypes.h>
 
 /* ---- arguments by name ---- */
 
@@ -41,6 +42,16 @@ static bool take_exponent(fm_args *args, double *q) {
 static bool take_not_negative(fm_args *args, const char *name, double *value) {
   *value = number(args, name);
   return *value >= 0.0 || fm_fail(args, "%s: %g given, but it must not be negative", name, *value);
+}
+
+static bool take_fraction(fm_args *args, const char *name, double *value) {
+  *value = number(args, name);
+  return (*value >= 0.0 && *value <= 1.0) || fm_fail(args, "%s: %g given, but it is from 0 to 1", name, *value);
+}
+
+static bool take_finite(fm_args *args, const char *name, double *value) {
+  *value = number(args, name);
+  return isfinite(*value) || fm_fail(args, "%s: %g given, but it must be finite", name, *value);
 }
 
 static bool take_choice(fm_args *args, const char *name, int most, const char *meaning, int *value) {
@@ -179,12 +190,6 @@ static bool run_update(fm_args *args, fm_update update, const fm_list *list, con
   return fm_this_backend.run(args, FM_OP_UPDATE, update, list, o, s, NULL);
 }
 
-/* The same for an update whose tally of one number is the result. */
-static bool run_tallied(fm_args *args, fm_update update, fm_list *list, const fm_options *o, const fm_scalars *s,
-                        StableIValue *stack) {
-  return run_to_result(args, FM_OP_UPDATE, update, list, o, s, 0, NULL, stack);
-}
-
 /* What an ascent takes besides the norm and T(w). */
 static bool take_ascent(fm_args *args, fm_options *o, fm_scalars *s, fm_list *list) {
   fm_lists lists = {.count = 0};
@@ -243,14 +248,23 @@ static bool op_restore_(fm_args *args, StableIValue *stack) {
   return take_lists(args, &lists, "backup", &list) && run_update(args, FM_RESTORE, &list, &o, &s);
 }
 
-/* Averages of a curvature and of its quotients beside a base step. A 16-bit weight moves by other than what the step
- * computed, and mostly not at all. */
+/* The lists that hold averages of a curvature and of its quotients, and how they are averaged. */
 static bool take_averages(fm_args *args, fm_lists *lists, fm_options *o) {
   add_list(args, lists, "curvatures", FM_CURVATURE, FM_WRITE);
   add_if_any(args, lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
+  return take_fraction(args, "decay", &o->decay) && take_fraction(args, "lipschitz_decay", &o->lipschitz_decay) &&
+         take_not_negative(args, "min_step", &o->min_step);
+}
+
+/* The same beside a base step, if there are any: `curvatures` may be empty. A 16-bit weight moves by other than what
+ * the step computed, and mostly not at all. */
+static bool take_averages_of_step(fm_args *args, fm_lists *lists, fm_options *o) {
+  if (length(args, "curvatures") == 0) {
+    const int64_t quotients = length(args, "lipschitz");
+    return quotients == 0 ||
+           fm_fail(args, "curvatures has 0 tensors and lipschitz has %" PRId64 "; give one for each", quotients);
+  }
   o->source_scale = 1.0;
-  o->decay = number(args, "decay");
-  o->lipschitz_decay = number(args, "lipschitz_decay");
   const fm_arg *params = &args->arg[0];
   for (int64_t i = 0; i < params->count; i++) {
     if (params->tensors[i].dtype == aoti_torch_dtype_bfloat16() ||
@@ -261,10 +275,31 @@ static bool take_averages(fm_args *args, fm_lists *lists, fm_options *o) {
                      (long long)i);
     }
   }
-  return take_not_negative(args, "min_step", &o->min_step);
+  return take_averages(args, lists, o);
 }
 
-static bool sgd(fm_args *args, bool averages, StableIValue *stack) {
+/* Runs a base step: by itself, when there is nothing to return, or with averages, when the largest quotient is. */
+static bool run_step(fm_args *args, fm_update plain, fm_update averaging, fm_list *list, const fm_options *o,
+                     fm_scalars *s, StableIValue *stack) {
+  const int64_t none = 0;
+  fm_slot result = {.tensor = NULL};
+  double *data = NULL;
+  if (length(args, "curvatures") > 0) {
+    return fm_take_scalars(args, find(args, "corrections"), 2, &s->corrections) &&
+           run_to_result(args, FM_OP_UPDATE, averaging, list, o, s, 0, NULL, stack);
+  }
+  if (!new_result(args, 1, &none, &result, &data)) {
+    return false;
+  }
+  if (!run_update(args, plain, list, o, s)) {
+    aoti_torch_delete_tensor_object(result.tensor);
+    return false;
+  }
+  stack[0] = result.value;
+  return true;
+}
+
+static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
   fm_options o = {.momentum = number(args, "momentum"),
                   .dampening = number(args, "dampening"),
@@ -282,20 +317,10 @@ static bool sgd(fm_args *args, bool averages, StableIValue *stack) {
   if (o.momentum != 0.0) {
     add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
   }
-  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
-      !take_scalar(args, "lr", &s.lr)) {
-    return false;
-  }
-  if (!averages) {
-    return run_update(args, FM_RESTORE_SGD, &list, &o, &s);
-  }
-  return fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
-         run_tallied(args, FM_RESTORE_SGD_CURVATURE, &list, &o, &s, stack);
+  return take_averages_of_step(args, &lists, &o) && take_lists(args, &lists, "backup", &list) &&
+         take_scalar(args, "lr", &s.lr) &&
+         run_step(args, FM_RESTORE_SGD, FM_RESTORE_SGD_CURVATURE, &list, &o, &s, stack);
 }
-
-static bool op_restore_sgd_(fm_args *args, StableIValue *stack) { return sgd(args, false, stack); }
-
-static bool op_restore_sgd_curvature_(fm_args *args, StableIValue *stack) { return sgd(args, true, stack); }
 
 /* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
 static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *count) {
@@ -342,7 +367,7 @@ static bool take_steps(fm_args *args, int a, const fm_options *o, fm_list *list)
   return true;
 }
 
-static bool adam(fm_args *args, bool averages, StableIValue *stack) {
+static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
   fm_options o = {.beta1 = number(args, "beta1"),
                   .beta2 = number(args, "beta2"),
@@ -364,15 +389,9 @@ static bool adam(fm_args *args, bool averages, StableIValue *stack) {
   if (o.amsgrad) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
-  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
-      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list)) {
-    return false;
-  }
-  if (!averages && !run_update(args, FM_RESTORE_ADAM, &list, &o, &s)) {
-    return false;
-  }
-  if (averages && (!fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) ||
-                   !run_tallied(args, FM_RESTORE_ADAM_CURVATURE, &list, &o, &s, stack))) {
+  if (!take_averages_of_step(args, &lists, &o) || !take_lists(args, &lists, "backup", &list) ||
+      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list) ||
+      !run_step(args, FM_RESTORE_ADAM, FM_RESTORE_ADAM_CURVATURE, &list, &o, &s, stack)) {
     return false;
   }
   for (int64_t r = 0; r < list.count; r++) {
@@ -383,10 +402,6 @@ static bool adam(fm_args *args, bool averages, StableIValue *stack) {
   return true;
 }
 
-static bool op_restore_adam_(fm_args *args, StableIValue *stack) { return adam(args, false, stack); }
-
-static bool op_restore_adam_curvature_(fm_args *args, StableIValue *stack) { return adam(args, true, stack); }
-
 /* ---- noise and curvature ---- */
 
 static bool op_scaled_noise_(fm_args *args, StableIValue *stack) {
@@ -395,14 +410,18 @@ static bool op_scaled_noise_(fm_args *args, StableIValue *stack) {
   fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
-  if (!take_choice(args, "sizing", FM_SIZE_GIVEN, "0 (neighbourhood), 1 (curvature) or 2 (given)", &o.sizing) ||
-      !take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal), 2 (truncated_normal) or 3 (rademacher)",
+  const bool curved = length(args, "curvatures") > 0, given = length(args, "sizes") > 0;
+  if (curved && given) {
+    return fm_fail(args, "curvatures and sizes are both given, but the size of the noise comes from one of them");
+  }
+  o.sizing = curved ? FM_SIZE_CURVATURE : given ? FM_SIZE_GIVEN : FM_SIZE_NEIGHBOURHOOD;
+  if (!take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal), 2 (truncated_normal) or 3 (rademacher)",
                    &o.law)) {
     return false;
   }
   add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
-  if (o.sizing != FM_SIZE_NEIGHBOURHOOD) {
-    add_list(args, &lists, "sizes", FM_CURVATURE, FM_READ);
+  if (curved || given) {
+    add_list(args, &lists, curved ? "curvatures" : "sizes", FM_CURVATURE, FM_READ);
   }
   add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_READ);
   return take_not_negative(args, "gamma", &o.gamma) && take_not_negative(args, "eps", &o.eps) &&
@@ -430,9 +449,7 @@ static bool op_probe_(fm_args *args, StableIValue *stack) {
 
 static bool op_curvature_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
-  fm_options o = {.source_scale = number(args, "source_scale"),
-                  .decay = number(args, "decay"),
-                  .lipschitz_decay = number(args, "lipschitz_decay")};
+  fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
   const bool quotients = length(args, "params") > 0;
@@ -442,15 +459,15 @@ static bool op_curvature_(fm_args *args, StableIValue *stack) {
   if (quotients) { /* first: the backup has the parameters' order */
     add_list(args, &lists, "params", FM_PARAM, FM_READ);
   }
-  add_list(args, &lists, "curvatures", FM_CURVATURE, FM_WRITE);
+  if (!take_averages(args, &lists, &o) || !take_finite(args, "source_scale", &o.source_scale)) {
+    return false;
+  }
   add_list(args, &lists, "sources", FM_GRAD, FM_READ_ANY_TYPE);
-  add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
-  return take_not_negative(args, "min_step", &o.min_step) &&
-         take_lists(args, &lists, quotients ? "backup" : NULL, &list) &&
+  return take_lists(args, &lists, quotients ? "backup" : NULL, &list) &&
          fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
          (o.source == FM_SOURCE_PROBED ? fm_take_full_key(args, find(args, "key"), &s.key)
                                        : fm_take_key(args, find(args, "key"), &s.key)) &&
-         run_tallied(args, FM_AVERAGE, &list, &o, &s, stack);
+         run_to_result(args, FM_OP_UPDATE, FM_AVERAGE, &list, &o, &s, 0, NULL, stack);
 }
 
 static bool op_isa(fm_args *args, StableIValue *stack) {
@@ -467,7 +484,14 @@ static bool op_best_isa(fm_args *args, StableIValue *stack) {
 
 /* ---- the table ---- */
 
-/* name, whether it has a kernel for each device (no tensor argument: nothing to dispatch on), schema */
+/* What every restore-and-step operator takes last: averages of a curvature to keep beside the step, or empty lists
+ * (`corrections` is not looked at then). It returns the largest difference quotient, or an empty tensor. */
+#define FM_AVERAGED                                                                                                 \
+  "Tensor(y!)[] curvatures, Tensor(z!)[] lipschitz, Tensor corrections, float decay, float lipschitz_decay, float " \
+  "min_step) -> Tensor"
+
+/* The one list of operators: Python and the tests ask torch for it.
+ * name, whether it has a kernel for each device (no tensor argument: nothing to dispatch on), schema */
 #define FM_OPERATORS(X)                                                                                               \
   X(norm, true, "norm(Tensor[] tensors, Tensor[] weights, float q, int scaling, float eta) -> Tensor")                \
   X(ties, true, "ties(Tensor[] tensors, Tensor[] weights, Tensor norm, int scaling, float eta) -> Tensor")            \
@@ -481,25 +505,16 @@ static bool op_best_isa(fm_args *args, StableIValue *stack) {
   X(restore_, true, "restore_(Tensor(a!)[] params, Tensor backup) -> ()")                                             \
   X(restore_sgd_, true,                                                                                               \
     "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor backup, Tensor lr, "     \
-    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> ()")      \
+    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool "                        \
+    "first_step, " FM_AVERAGED)                                                                                       \
   X(restore_adam_, true,                                                                                              \
     "restore_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "            \
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, float "    \
-    "eps, "                                                                                                           \
-    "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()")                                         \
-  X(restore_sgd_curvature_, true,                                                                                     \
-    "restore_sgd_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] "        \
-    "curvatures, Tensor(d!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, float momentum, float "        \
-    "dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, float decay, float "               \
-    "lipschitz_decay, float min_step) -> Tensor")                                                                     \
-  X(restore_adam_curvature_, true,                                                                                    \
-    "restore_adam_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "  \
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] curvatures, Tensor(g!)[] lipschitz, Tensor "      \
-    "backup, Tensor lr, Tensor corrections, float beta1, float beta2, float eps, float weight_decay, bool "           \
-    "decoupled, bool amsgrad, bool maximize, float decay, float lipschitz_decay, float min_step) -> Tensor")          \
+    "eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize, " FM_AVERAGED)                             \
   X(scaled_noise_, true,                                                                                              \
-    "scaled_noise_(Tensor(a!)[] params, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, Tensor key, Tensor "   \
-    "scale, Tensor lipschitz_constant, Tensor curvature_scale, int sizing, int law, float gamma, float eps) -> "      \
+    "scaled_noise_(Tensor(a!)[] params, Tensor[] curvatures, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, " \
+    "Tensor key, Tensor "                                                                                             \
+    "scale, Tensor lipschitz_constant, Tensor curvature_scale, int law, float gamma, float eps) -> "                  \
     "Tensor")                                                                                                         \
   X(probe_, true, "probe_(Tensor(a!)[] tensors, Tensor key, int law) -> ()")                                          \
   X(curvature_, true,                                                                                                 \

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import requirements
 from flatmin.ops import _library
+from operator_arguments import SHAPE, Arguments, call, good
 from requirements import CUDA_LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -321,18 +324,19 @@ def test_cuda_tensors_take_the_kernels_only_if_the_driver_runs_them() -> None:
 @pytest.mark.requires("a CUDA build of torch")
 def test_shape_functions_take_cuda_tensors() -> None:
     """Adam's counters stay on the CPU, beside parameters on the device: no mixture to refuse."""
+    real = {name: good(name) for name in ("restore_adam_", "restore_sgd_", "norm")}
     with FakeTensorMode():
-        params, steps = [torch.empty(3, device="cuda")], [torch.empty(())]
-        backup = torch.empty(64, dtype=torch.uint8, device="cuda")
-        scalar = torch.empty((), dtype=torch.float64, device="cuda")
-        _library.OPERATORS["restore_adam_"](
-            params, params, params, params, [], steps, backup, scalar, 0.9, 0.999, 1e-8, 0.0, False, False, False
-        )
+        given = {name: fake_on_cuda(arguments) for name, arguments in real.items()}
+        given["restore_adam_"]["steps"] = [torch.empty(()) for _ in given["restore_adam_"]["params"]]
+        call("restore_adam_", given["restore_adam_"])
+        given["restore_sgd_"]["grads"][-1] = torch.empty(SHAPE)
         with pytest.raises(RuntimeError, match="tensors on different devices"):
-            _library.OPERATORS["restore_sgd_"](
-                params, [torch.empty(3)], [], backup, scalar, 0.0, 0.0, 0.0, False, False, False
-            )
-        assert _library.OPERATORS["norm"](params, [], 2.0, 0, 0.01).device.type == "cuda"
+            call("restore_sgd_", given["restore_sgd_"])
+        assert call("norm", given["norm"]).device.type == "cuda"
+
+
+def fake_on_cuda(arguments: Arguments) -> Arguments:
+    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), arguments)  # type: ignore[no-any-return]
 
 
 @pytest.mark.requires("a CPU build of torch")

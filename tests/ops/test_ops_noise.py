@@ -561,13 +561,13 @@ def test_options_are_checked() -> None:
     t = [torch.ones(4)]
     backup, key = ops.backup_like(t), ops.random_key(1)
     calls = {
-        "law: 'gaussian' is none of": lambda: ops.scaled_noise_(t, backup, key, law="gaussian"),
+        "law: 'gaussian' given; give one of": lambda: ops.scaled_noise_(t, backup, key, law="gaussian"),
         "gamma: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, gamma=-1.0),
         "scale: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, scale=-1.0, curvatures=t),
         "scale: inf given": lambda: ops.scaled_noise_(t, backup, key, scale=math.inf, eps=1.0),
         "curvatures and sizes: both given": lambda: ops.scaled_noise_(t, backup, key, curvatures=t, sizes=t),
         "law: 'truncated_normal' has no size": lambda: ops.probe_(t, key, law="truncated_normal"),
-        "source: 'cube' is none of": lambda: ops.curvature_(t, t, decay=0.5, source="cube"),
+        "source: 'cube' given; give one of": lambda: ops.curvature_(t, t, decay=0.5, source="cube"),
         "decay: 2.0 given": lambda: ops.curvature_(t, t, decay=2.0),
         "key: missing": lambda: ops.curvature_(t, t, decay=0.5, source="probed"),
         "params and backup: quotients need both": lambda: ops.curvature_(t, t, decay=0.5, params=t),

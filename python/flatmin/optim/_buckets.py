@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -17,10 +17,10 @@ from .._distributed import is_dtensor, local_gradient, shard_groups
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["AdamState", "Bucket", "PerturbedSet", "name_of", "trained", "with_gradient"]
+__all__ = ["Bucket", "PerturbedSet", "RestoreAndStep", "name_of", "trained", "with_gradient"]
 
-#: First and second moments, the maxima of the second (empty without amsgrad) and the step counters.
-AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+#: An operator that restores and takes a base's step in one pass.
+RestoreAndStep = Callable[..., Tensor]
 
 # With map() these walk a list of tensors in C: 0.05 us each, a third of a comprehension that tests two of them.
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
@@ -109,12 +109,15 @@ class Bucket:
         self.moved = False
         self.bump_versions()
 
-    def restore_sgd(self, grads: list[Tensor], buffers: list[Tensor], lr: float, **options: Any) -> None:
-        """Restore and step in one pass over memory."""
-        ops.restore_sgd_(self.params, grads, buffers, self.backup, lr, **options)
+    def restore_and_step(self, operator: RestoreAndStep, *lists: list[Tensor], lr: float, **options: Any) -> None:
+        """Restore and step in one pass over memory.
 
-    def restore_adam(self, grads: list[Tensor], state: AdamState, lr: float, **options: Any) -> None:
-        ops.restore_adam_(self.params, grads, *state, self.backup, lr, **options)
+        Args:
+            operator: of :mod:`flatmin.ops`: takes the parameters, ``lists``, the backup, ``lr``, ``options``, and
+                curvatures to average (:class:`flatmin.ops.Averages`) where a bucket has some.
+            lists: gradients, then the base's state.
+        """
+        operator(self.params, *lists, self.backup, lr, **options)
 
 
 B = TypeVar("B", bound=Bucket)
