@@ -15,6 +15,13 @@
 
 #define FM_INLINE static inline __attribute__((always_inline))
 
+/* Before a loop: its rounds do not depend on each other, whatever pointers may suggest. */
+#ifdef __clang__
+#define FM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 #include "draw_block.h"
 
 enum { FM_CACHE_LINE = 64 };

@@ -239,7 +239,7 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   FM_EACH_OPERAND(FM_POINTERS)
   const FM_REAL *const draw = in[FM_DRAW];
   FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
-#pragma GCC ivdep
+  FM_INDEPENDENT
   for (int64_t i = 0; i < n; i++) {
     FM_REAL v[FM_SLOTS] = {0};
 #define FM_GET(k)                \

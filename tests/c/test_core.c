@@ -15,10 +15,15 @@ int kernel_tables(const fm_kernels *tables[MOST_TABLES]) {
   int count = 0;
   tables[count++] = &fm_kernels_base;
 #ifdef FM_X86
-  if (__builtin_cpu_supports("x86-64-v3")) {
+  const int level = fm_best_isa();
+#if !defined(__clang__) /* a second opinion */
+  CHECK((level >= 3) == !!__builtin_cpu_supports("x86-64-v3"), "level %d", level);
+  CHECK((level >= 4) == !!__builtin_cpu_supports("x86-64-v4"), "level %d", level);
+#endif
+  if (level >= 3) {
     tables[count++] = &fm_kernels_v3;
   }
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  if (level >= 4) {
     tables[count++] = &fm_kernels_v4;
   }
 #endif

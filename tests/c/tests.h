@@ -33,7 +33,8 @@
   X(strided)         \
   X(noise)           \
   X(averages)        \
-  X(not_finite)
+  X(not_finite)      \
+  X(digests)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)
