@@ -281,9 +281,11 @@ FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, in
   const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
   double *mid = lanes->mid + at;
   FM_REAL *first = exact->first + at, *second = exact->second + at;
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
     first[i] = FM_NAME(fm_larger)(first[i], a[i]);
   }
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
     mid[i] += (double)a[i];
     first[i] += b[i];
@@ -471,20 +473,20 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(update_row)(job, row, begin, end, update, form); \
     }                                                          \
     break;
-#define FM_UPDATE_ROW(update, name, reads, writes, tally, copy)                                    \
-  static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    const fm_row *const its = &job->list->rows[row];                                               \
-    switch (fm_form(update, job->options, &its->traits, its->operand[FM_BUFFER].data != NULL)) {   \
-      FM_FORM_CASE(update, 0)                                                                      \
-      FM_FORM_CASE(update, 1)                                                                      \
-      FM_FORM_CASE(update, 2)                                                                      \
-      FM_FORM_CASE(update, 3)                                                                      \
-      FM_FORM_CASE(update, 4)                                                                      \
-      FM_FORM_CASE(update, 5)                                                                      \
-      FM_FORM_CASE(update, 6)                                                                      \
-      FM_FORM_CASE(update, 7)                                                                      \
-      default: break;                                                                              \
-    }                                                                                              \
+#define FM_UPDATE_ROW(update, name, reads, writes, tally, copy)                                               \
+  static FM_OUTLINE void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    const fm_row *const its = &job->list->rows[row];                                                          \
+    switch (fm_form(update, job->options, &its->traits, its->operand[FM_BUFFER].data != NULL)) {              \
+      FM_FORM_CASE(update, 0)                                                                                 \
+      FM_FORM_CASE(update, 1)                                                                                 \
+      FM_FORM_CASE(update, 2)                                                                                 \
+      FM_FORM_CASE(update, 3)                                                                                 \
+      FM_FORM_CASE(update, 4)                                                                                 \
+      FM_FORM_CASE(update, 5)                                                                                 \
+      FM_FORM_CASE(update, 6)                                                                                 \
+      FM_FORM_CASE(update, 7)                                                                                 \
+      default: break;                                                                                         \
+    }                                                                                                         \
   }
 FM_UPDATES(FM_UPDATE_ROW)
 #undef FM_FORM_CASE

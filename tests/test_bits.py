@@ -37,15 +37,16 @@ def machine_isas() -> list[str]:
 
 
 @functools.cache
-def digests_under(isa: str) -> dict[str, str]:
-    """The digests of a process that was told to use these kernels, after it has proved that it does."""
+def digests_under(isa: str, folder: Path | None = None) -> dict[str, str]:
+    """The digests of a process that was told to use these kernels, after it has proved that it does; from the flatmin
+    that is installed, or the one in a folder."""
     script = Path(bits_digest.__file__)
-    run = subprocess.run(
-        [sys.executable, script], env={**os.environ, "FM_ISA": isa}, capture_output=True, text=True, check=False
-    )
+    env = {**os.environ, "FM_ISA": isa} | ({} if folder is None else {"PYTHONPATH": str(folder)})
+    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert answer["isa"] == ISA_NUMBERS[isa]
+    assert folder is None or Path(answer["library"]).is_relative_to(folder)
     return answer["digests"]  # type: ignore[no-any-return]
 
 

@@ -5,6 +5,7 @@
 #include "tests.h"
 
 int fm_failures = 0;
+const char *test_argument = NULL;
 
 extern const fm_kernels fm_kernels_base;
 #ifdef FM_X86
@@ -83,7 +84,8 @@ int main(int argc, char **argv) {
 #undef FM_TEST_ENTRY
   };
   for (size_t k = 0; k < sizeof tests / sizeof *tests; k++) {
-    if (argc == 2 && strcmp(argv[1], tests[k].name) == 0) {
+    if (argc >= 2 && strcmp(argv[1], tests[k].name) == 0) {
+      test_argument = argc == 3 ? argv[2] : NULL;
       tests[k].run();
       return fm_failures == 0 ? 0 : 1;
     }

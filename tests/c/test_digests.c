@@ -1,5 +1,5 @@
-/* A digest of every operator's bytes on fixed inputs, a line each, the same from every table. .ci/run holds the lines
- * of one compiler and processor against those of another: no number in them comes from libm. */
+/* A digest of every operator's bytes on fixed inputs, a line each, the same from every table. They are printed, or held
+ * against the lines of a file, which another compiler or processor printed: no number in them comes from libm. */
 #include "check.h"
 #include "lists.h"
 #include "tests.h"
@@ -37,6 +37,18 @@ static uint64_t digest_reductions(const fm_list *list) {
   return hash_numbers(rows, 2 * (size_t)list->count, hash);
 }
 
+/* What has been printed elsewhere, or NULL. */
+static FILE *expected;
+
+static void compare(const char *line) {
+  char other[128] = "";
+  if (expected == NULL) {
+    fputs(line, stdout);
+  } else if (fgets(other, sizeof other, expected) == NULL || strcmp(line, other) != 0) {
+    CHECK(false, "%.*s, but %.*s was expected", (int)strcspn(line, "\n"), line, (int)strcspn(other, "\n"), other);
+  }
+}
+
 static void report(const char *name, int number, fm_dtype type, const update_case *c, const fm_list *list) {
   const fm_kernels *tables[MOST_TABLES];
   const int count = kernel_tables(tables);
@@ -47,10 +59,16 @@ static void report(const char *name, int number, fm_dtype type, const update_cas
     first = t == 0 ? hash : first;
     CHECK(hash == first, "%s %d %s: table %d differs", name, number, type_names[type], tables[t]->isa);
   }
-  printf("%016llx %s %d %s\n", (unsigned long long)first, type_names[type], number, name);
+  char line[128];
+  snprintf(line, sizeof line, "%016llx %s %d %s\n", (unsigned long long)first, type_names[type], number, name);
+  compare(line);
 }
 
 void test_digests(void) {
+  if (test_argument != NULL && (expected = fopen(test_argument, "r")) == NULL) {
+    CHECK(false, "%s cannot be read", test_argument);
+    return;
+  }
   update_case cases[MOST_CASES];
   const int count = update_cases(cases);
   for (fm_dtype type = FM_F32; type <= FM_F16; type++) {
@@ -62,5 +80,9 @@ void test_digests(void) {
     fm_list list = make_list(type, FM_BIT(FM_GRAD) | FM_BIT(FM_PARAM) | FM_AVERAGES, FM_BIT(FM_GRAD));
     report("reductions", count, type, NULL, &list);
     free_list(&list);
+  }
+  if (expected != NULL) {
+    CHECK(fgetc(expected) == EOF, "%s has more lines", test_argument);
+    fclose(expected);
   }
 }

@@ -40,6 +40,9 @@
 FM_TESTS(FM_TEST_FUNCTION)
 #undef FM_TEST_FUNCTION
 
+/* What follows the test's name on the command line, or NULL. */
+extern const char *test_argument;
+
 /* The kernel tables that this processor runs; base comes first. */
 enum { MOST_TABLES = 3 };
 int kernel_tables(const fm_kernels *tables[MOST_TABLES]);
