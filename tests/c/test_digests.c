@@ -65,7 +65,8 @@ static void report(const char *name, int number, fm_dtype type, const update_cas
 }
 
 void test_digests(void) {
-  if (test_argument != NULL && (expected = fopen(test_argument, "r")) == NULL) {
+  expected = test_argument != NULL ? fopen(test_argument, "r") : NULL;
+  if (test_argument != NULL && expected == NULL) {
     CHECK(false, "%s cannot be read", test_argument);
     return;
   }
