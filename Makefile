@@ -86,14 +86,15 @@ wheels: $(VENV)/.zig
 	    $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . || exit 1; \
 	done
 
-# Static programs, which qemu runs without another system's libraries. pacgen_digits is left out there: its long double
+# For another processor static programs, which qemu runs without another system's libraries. pacgen_digits is left out there: its long double
 # is made of integers, and it asks the formulas, not the loops.
 compilers: clang-x86_64 clang-aarch64
 build/digests.txt: $(SOURCES) $(wildcard tests/c/*)
 	$(MAKE) ctest
 clang-%: build/digests.txt $(VENV)/.zig
 	$(BIN)/cmake -S . -B build/tests-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON \
-	  -DCMAKE_TOOLCHAIN_FILE=cmake/manylinux_2_28_$*.cmake -DFM_ZIG_TARGET=$*-linux-musl \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/manylinux_2_28_$*.cmake \
+	  $(if $(filter $*,$(shell uname -m)),,-DFM_ZIG_TARGET=$*-linux-musl) \
 	  -DFM_ZIG=$$($(BIN)/python -c 'import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name("zig"))') \
 	  -DCMAKE_CUDA_COMPILER=NOTFOUND -DFM_DIGESTS=$(abspath build)/digests.txt
 	$(BIN)/cmake --build build/tests-$* --target fm_test_shipped
