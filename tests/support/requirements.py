@@ -19,6 +19,9 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 CPU_LIBRARY = Path(flatmin.__file__).with_name("_C.so")
 CUDA_LIBRARY = CPU_LIBRARY.with_name("_C_cuda.so")
 
+#: The wheels for other machines, as far as `make wheels` has made them.
+WHEELS = sorted(Path(__file__).resolve().parents[2].glob("dist/flatmin-*-manylinux_*.whl"))
+
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
 GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
 
@@ -29,6 +32,7 @@ PARTS = {
     "a CUDA build of torch": torch.version.cuda is not None,
     "a CPU build of torch": torch.version.cuda is None,
     "hypothesis": HYPOTHESIS,
+    "the wheels of `make wheels`": bool(WHEELS),
 }
 
 
