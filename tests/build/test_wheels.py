@@ -54,7 +54,7 @@ def test_the_wheel_holds_what_its_name_says(wheel: Path) -> None:
     assert re.findall(r"^Tag: (.*)$", metadata, re.MULTILINE) == ["-".join(wheel.stem.split("-")[2:])]
     x86 = wheel.stem.endswith("x86_64")
     assert machines == {62 if x86 else 183}  # e_machine of ELF: EM_X86_64, EM_AARCH64
-    cuda = {"flatmin/_C_cuda.so"} if x86 and machine.NVCC else set()
+    cuda = {"flatmin/_C_cuda.so"} if x86 and requirements.NVCC else set()
     assert {name for name in names if name.endswith(".so")} == {"flatmin/_C.so"} | cuda
 
 
@@ -75,6 +75,6 @@ def by_clang(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("isa", machine_isas())
 def test_gcc_and_clang_give_the_same_bits(by_clang: Path, isa: str) -> None:
     """Every operator, by the library that is installed and by the wheel's."""
-    assert compiler(machine.CPU_LIBRARY) == "gcc"
+    assert compiler(requirements.CPU_LIBRARY) == "gcc"
     assert compiler(by_clang / "flatmin" / "_C.so") == "clang"
     assert different(digests_under(isa), digests_under(isa, by_clang)) == []
