@@ -322,7 +322,7 @@ def _psi_errors(
     for i, (p, h, se) in enumerate(zip(params, estimate.value, estimate.stderr, strict=True)):
         n = gamma * p.abs().to(h.dtype) + eps
         c = (h + (lipschitz if isinstance(lipschitz, float) else lipschitz[i]) * n).clamp(min=0.0)
-        terms = torch.where(c * n * n > 1.0, se / (2.0 * c), 0.0)
+        terms = torch.where(c * n * n > 1.0, 0.5 / c, 0.0) * se  # NaN of one sample stays
         total = terms.sum(dtype=_wide(h)) if coupled else (2.0 * terms.square().sum(dtype=_wide(h))).sqrt()
         errors.append(float(total))
     return errors
