@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._labels import draw_labels
+from ..ops._softmax_labels import draw_labels
 from ._measurement import LABELS
 
 __all__ = ["LabelSampler"]

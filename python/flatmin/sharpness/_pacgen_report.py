@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ._pac_bayes import Bound
-
-if TYPE_CHECKING:
-    from ._pacgen import PACGen
+from ._pacgen_result import PACGenResult
 
 __all__ = ["as_dict", "plot", "table"]
 
@@ -24,7 +22,7 @@ _DIVERGENCE, _TEMPERATURE = "divergence / eta", "eta / (2 n)"
 _ROWS = 24  # bars that a figure can hold with legible names
 
 
-def _lipschitz(result: PACGen) -> dict[str, float]:
+def _lipschitz(result: PACGenResult) -> dict[str, float]:
     """The constant, or what can be said of one for each element in two numbers."""
     if isinstance(result.lipschitz, float):
         return {"value": result.lipschitz}
@@ -32,7 +30,7 @@ def _lipschitz(result: PACGen) -> dict[str, float]:
     return {"largest": float(flat.max()), "median": float(flat.median())}
 
 
-def table(result: PACGen) -> str:
+def table(result: PACGenResult) -> str:
     """Rows for the layers, then the totals, then what the bound is made of."""
     rho = ", ".join(f"{name} {value:.4g}" for name, value in _lipschitz(result).items()).removeprefix("value ")
     settings = f"gamma {result.gamma:g}, eps {result.eps:g}" + ", rho sqrt(m)" * result.sqrt_m
@@ -103,7 +101,7 @@ def _finite(x: float | None) -> float | None:
     return x if x is not None and math.isfinite(x) else None
 
 
-def as_dict(result: PACGen) -> dict[str, Any]:
+def as_dict(result: PACGenResult) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries. None stands for what is not finite or not known."""
     layers = [
         {
@@ -142,8 +140,8 @@ def as_dict(result: PACGen) -> dict[str, Any]:
     }
 
 
-def plot(result: PACGen, path: Any = None) -> Any:
-    """Left the layers' parts of the metric, right the terms of both bounds. See :meth:`PACGen.plot`."""
+def plot(result: PACGenResult, path: Any = None) -> Any:
+    """Left the layers' parts of the metric, right the terms of both bounds. See :meth:`flatmin.PACGen.plot`."""
     try:
         figure_module = importlib.import_module("matplotlib.figure")
     except ImportError as error:

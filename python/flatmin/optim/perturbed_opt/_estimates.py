@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import ops
 from ..._distributed import rank
 from ..._double_backward import explained_double_backward
-from ...ops._labels import draw_labels
+from ...ops._softmax_labels import draw_labels
 from ._noise_bucket import NoiseBucket, Subset, local
 from ._noise_set import STREAMS, NoiseSet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import probe_
+from ._noise import probe_
 
 __all__ = ["draw_labels"]
 
