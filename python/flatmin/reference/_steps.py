@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._curvature import SQUARE, curvature_
-from ._memory import arithmetic_type, as_real, wide_type
+from ._memory import arithmetic_type, as_real, backup_nbytes, backup_views, memory_order, wide_type
 from ._perturb import restore_
 
 __all__ = ["restore_adam_", "restore_adam_curvature_", "restore_lion_", "restore_sgd_", "restore_sgd_curvature_"]
@@ -26,7 +26,8 @@ def _averages(
     lipschitz_decay: float,
     min_step: float,
 ) -> Tensor:
-    """:func:`curvature_` of the squared gradients over the displacement of a step; empty without curvatures."""
+    """:func:`curvature_` of the squared gradients over the displacement of a step; empty without curvatures. ``backup``
+    is what :func:`_start` returned."""
     if not curvatures:
         return params[0].new_empty(0, dtype=wide_type(params[0]))
     if corrections is None:
@@ -34,6 +35,18 @@ def _averages(
     key = torch.empty(0, dtype=torch.uint64, device=backup.device)
     options = (SQUARE, 1.0, decay, lipschitz_decay, min_step)
     return curvature_(curvatures, grads, lipschitz, params, backup, key, corrections, *options)
+
+
+def _start(params: Sequence[Tensor], backup: Tensor, keep: bool) -> Tensor:
+    """Bring the weights to where the step starts; with an empty backup they are there. Returns a backup of them if they
+    are to be kept."""
+    if backup.numel():
+        restore_(params, backup)
+    elif keep:
+        backup = torch.empty(backup_nbytes(params), dtype=torch.uint8, device=params[0].device)
+        for p, old in zip(params, backup_views(params, backup), strict=True):
+            old.copy_(memory_order(p))
+    return backup
 
 
 def restore_sgd_(
@@ -58,7 +71,7 @@ def restore_sgd_(
     """``w <- backup``, then one step of :class:`torch.optim.SGD`. No buffers are given if ``momentum`` is 0.
 
     Then :func:`curvature_` of the squared gradients, if there are ``curvatures``; returns the largest quotient."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         w = p.to(torch.promote_types(arithmetic_type(p), p.dtype))
         g = grads[i].to(w.dtype)
@@ -99,7 +112,7 @@ def restore_adam_(
     """``w <- backup``, then one step of :class:`torch.optim.Adam`, or of AdamW if ``decoupled``.
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         steps[i].add_(1)
         step = steps[i].to(device=p.device, dtype=wide_type(p))
@@ -146,7 +159,7 @@ def restore_lion_(
     """``w <- backup``, then one step of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         real = arithmetic_type(p)
         w, g, m = as_real(p).to(real), as_real(grads[i]).to(real), as_real(exp_avgs[i])
