@@ -99,6 +99,20 @@ double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for p
   return reduce(FM_TERM_TIES, list, options, parallel_for).mid;
 }
 
+void fm_dot(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
+  const int64_t chunks = list->first_chunk[list->count];
+  const int count = fm_dot_sums(options->lists);
+  assert(options->lists >= 2 && options->lists <= FM_DOT_LISTS);
+  run(fm_active_kernels->dot, list, options, parallel_for);
+  for (int plane = 0; plane < fm_dot_planes(options->lists); plane++) {
+    const fm_sum sum = fold_partials(list->partials + plane * chunks, chunks, FM_TERM_DOT);
+    const double four[FM_DOT_PLANE] = {sum.mid, sum.big, sum.small, sum.rest};
+    for (int j = 0; j < FM_DOT_PLANE && plane * FM_DOT_PLANE + j < count; j++) {
+      result[plane * FM_DOT_PLANE + j] = four[j];
+    }
+  }
+}
+
 void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
   run(fm_active_kernels->reduce[FM_TERM_PACGEN], list, options, parallel_for);
   for (int64_t r = 0; r < list->count; r++) {

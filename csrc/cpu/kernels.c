@@ -315,11 +315,39 @@ FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int used, int term, bool wide) {
   return sum;
 }
 
-FM_INLINE fm_shape shape_of_form(fm_update update, int form) {
-  fm_shape shape = fm_shape_of(update);
-  shape.reads &= ~fm_absent(update, form);
-  shape.writes &= ~fm_absent(update, form);
-  return shape;
+/* ---- inner products: a vector of doubles is a few lanes of each sum ---- */
+
+#if defined(__AVX512F__)
+enum { FM_PACK = 8 };
+#elif defined(__AVX__)
+enum { FM_PACK = 4 };
+#else
+enum { FM_PACK = 2 };
+#endif
+typedef double fm_pack __attribute__((vector_size(FM_PACK * sizeof(double))));
+
+typedef struct fm_products {
+  double sum[FM_DOT_SUMS][FM_LANES];
+} fm_products;
+
+/* Halves on halves, as fold_lanes. Plane p goes to partials[p * apart]. */
+FM_INLINE void fold_products(fm_products *products, int used, int lists, fm_sum *partials, int64_t apart) {
+  const int count = fm_dot_sums(lists);
+  for (int pair = 0; pair < count; pair++) {
+    double *sum = products->sum[pair];
+    for (int half = used / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; l++) {
+        sum[l] += sum[l + half];
+      }
+    }
+  }
+  for (int plane = 0; plane < fm_dot_planes(lists); plane++) {
+    double four[FM_DOT_PLANE] = {0.0};
+    for (int j = 0; j < FM_DOT_PLANE && plane * FM_DOT_PLANE + j < count; j++) {
+      four[j] = products->sum[plane * FM_DOT_PLANE + j][0];
+    }
+    partials[plane * apart] = (fm_sum){four[0], four[1], four[2], four[3]};
+  }
 }
 
 /* What an update copies besides, to the backup or from it. */
@@ -367,14 +395,16 @@ static_assert(FM_MAX_OPERANDS == 8, "FM_EACH_OPERAND");
     for_rows(job, chunk_begin, chunk_end, name##_row);                                 \
   }
 #define FM_REDUCTION_KERNEL(term, name) FM_KERNEL(name)
-#define FM_UPDATE_KERNEL(update, name, reads, writes, tally, copy) FM_KERNEL(update_##name)
+#define FM_UPDATE_KERNEL(update, name, ...) FM_KERNEL(update_##name)
 FM_REDUCTIONS(FM_REDUCTION_KERNEL)
+FM_KERNEL(dot)
 FM_UPDATES(FM_UPDATE_KERNEL)
 
 const fm_kernels FM_KERNELS_NAME = {
     .isa = FM_ISA_NUMBER,
-#define FM_UPDATE_ENTRY(update, name, reads, writes, tally, copy) [(update)] = update_##name,
+#define FM_UPDATE_ENTRY(update, name, ...) [(update)] = update_##name,
 #define FM_REDUCTION_ENTRY(term, name) [(term)] = (name),
     .update = {FM_UPDATES(FM_UPDATE_ENTRY)},
     .reduce = {FM_REDUCTIONS(FM_REDUCTION_ENTRY)},
+    .dot = dot,
 };

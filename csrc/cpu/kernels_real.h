@@ -227,12 +227,89 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
 FM_REDUCTIONS(FM_REDUCTION)
 #undef FM_REDUCTION
 
+/* ---- inner products ---- */
+
+FM_INLINE void FM_NAME(unpack)(fm_pack *pack, const FM_REAL *from) {
+  typedef FM_REAL vector __attribute__((vector_size(FM_PACK * sizeof(FM_REAL))));
+  vector elements;
+  memcpy(&elements, from, sizeof elements);
+  *pack = __builtin_convertvector(elements, fm_pack);
+}
+
+/* Fills the lanes of every sum with the products of n elements. */
+FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *const *v, int64_t n, int used, int lists) {
+  const int64_t rows = n / FM_LANES;
+  const int count = fm_dot_sums(lists);
+  if (rows == 0) {
+    for (int pair = 0; pair < count; pair++) {
+      clear(products->sum[pair], (size_t)used * sizeof(double));
+    }
+  }
+  for (int first = 0; rows > 0 && first < FM_LANES; first += FM_PACK) {
+    fm_pack x[FM_DOT_LISTS], sum[FM_DOT_SUMS];
+#pragma GCC unroll 10
+    for (int pair = 0; pair < count; pair++) {
+      sum[pair] = (fm_pack){0.0};
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t ahead = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + row * FM_PACK; /* as add_chunk */
+#pragma GCC unroll 4
+      for (int k = 0; k < lists; k++) {
+        __builtin_prefetch(v[k] + ahead);
+        FM_NAME(unpack)(&x[k], v[k] + row * FM_LANES + first);
+      }
+#pragma GCC unroll 10
+      for (int pair = 0; pair < count; pair++) {
+        sum[pair] += x[fm_dot_a(lists, pair)] * x[fm_dot_b(lists, pair)];
+      }
+    }
+#pragma GCC unroll 10
+    for (int pair = 0; pair < count; pair++) {
+      memcpy(products->sum[pair] + first, &sum[pair], sizeof sum[pair]);
+    }
+  }
+#pragma GCC unroll 10
+  for (int pair = 0; pair < count; pair++) {
+    const FM_REAL *a = v[fm_dot_a(lists, pair)] + rows * FM_LANES, *b = v[fm_dot_b(lists, pair)] + rows * FM_LANES;
+    for (int l = 0; l < (int)(n % FM_LANES); l++) {
+      products->sum[pair][l] += (double)a[l] * (double)b[l];
+    }
+  }
+}
+
+/* `lists` is a constant where this is inlined. */
+FM_INLINE void FM_NAME(dot_chunks)(const fm_job *job, int64_t r, int64_t begin, int64_t end, int lists) {
+  const fm_list *list = job->list;
+  FM_REAL blocks[FM_DOT_LISTS][FM_CHUNK];
+  double scratch[FM_CHUNK];
+  fm_products products;
+  for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
+    const int64_t n = min64(FM_CHUNK, end - chunk);
+    const int used = lanes_of(n);
+    const FM_REAL *v[FM_DOT_LISTS];
+    for (int k = 0; k < lists; k++) {
+      v[k] = FM_NAME(load)(&list->rows[r].operand[k], chunk, n, blocks[k], scratch);
+    }
+    FM_NAME(multiply_chunk)(&products, v, n, used, lists);
+    fold_products(&products, used, lists, list->partials + list->first_chunk[r] + chunk / FM_CHUNK,
+                  list->first_chunk[list->count]);
+  }
+}
+
+static void FM_NAME(dot)(const fm_job *job, int64_t row, int64_t begin, int64_t end) {
+  switch (job->options->lists) {
+    case 2: FM_NAME(dot_chunks)(job, row, begin, end, 2); break;
+    case 3: FM_NAME(dot_chunks)(job, row, begin, end, 3); break;
+    default: FM_NAME(dot_chunks)(job, row, begin, end, FM_DOT_LISTS); break;
+  }
+}
+
 /* ---- updates ---- */
 
 /* Applies a rule to n elements; in[k] and out[k], the values of slot k, may be one memory. */
 FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *const *in, FM_REAL *const *out,
                                     int64_t n, const FM_NAME(fm_rule) * rule) {
-  const fm_shape shape = shape_of_form(update, form);
+  const fm_shape shape = fm_shape_of_form(update, form);
 #define FM_POINTERS(k)                 \
   const FM_REAL *const in_##k = in[k]; \
   FM_REAL *const out_##k = out[k];
@@ -393,7 +470,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
                                    int form) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
-  const fm_shape shape = shape_of_form(update, form);
+  const fm_shape shape = fm_shape_of_form(update, form);
   const bool moves = update != FM_ASCEND || FM_NAME(fm_ascend_moves)(o);
   const bool random = update == FM_ASCEND && o->random && fm_dtype_size(row->operand[FM_PARAM].dtype) == 2;
   const bool tallies = shape.tally >= 0 && job->list->partials != NULL;
@@ -471,10 +548,10 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(update_row)(job, row, begin, end, update, form); \
     }                                                          \
     break;
-#define FM_UPDATE_ROW(update, name, reads, writes, tally, copy)                                    \
+#define FM_UPDATE_ROW(update, name, ...)                                                           \
   static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
     const fm_row *const its = &job->list->rows[row];                                               \
-    switch (fm_form(update, job->options, &its->traits, its->operand[FM_BUFFER].data != NULL)) {   \
+    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                        \
       FM_FORM_CASE(update, 0)                                                                      \
       FM_FORM_CASE(update, 1)                                                                      \
       FM_FORM_CASE(update, 2)                                                                      \

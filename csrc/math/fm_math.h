@@ -131,6 +131,7 @@ FM_HD double fm_pow_int(double base, int64_t n) {
  *                        of any of them is an exact normal float64
  *   PACGen               a product of X / Y as 2^mid (1 + big) / (1 + small), and in rest how many elements are capped
  *   noise                mid: sum of sizes, big: capped, small: not finite
+ *   dot                  four sums of products
  *   all others           mid alone
  * Zeros are neutral in each. */
 typedef struct fm_sum {
@@ -166,8 +167,9 @@ enum {
   FM_PARAM,
   FM_OLD, /* the backup */
   FM_GRAD,
-  FM_BUFFER,           /* SGD's momentum */
-  FM_MEAN = FM_BUFFER, /* Adam's */
+  FM_BUFFER,            /* SGD's momentum */
+  FM_MEAN = FM_BUFFER,  /* Adam's and Lion's */
+  FM_THIRD = FM_BUFFER, /* blend's third list */
   FM_SQUARE,
   FM_LARGEST,   /* amsgrad only */
   FM_CURVATURE, /* an average of the Hessian's diagonal, or sizes that are given */
@@ -192,17 +194,21 @@ typedef struct fm_options {
   double lr, momentum, dampening, weight_decay; /* the base steps */
   double beta1, beta2, adam_eps;
   bool nesterov, maximize, first_step, decoupled, amsgrad;
-  double scale, lipschitz, curvature_scale, gamma;                                            /* noise and PACGen */
+  double scale;                             /* noise, and axpy's factor */
+  double lipschitz, curvature_scale, gamma; /* noise and PACGen */
   double source_scale, decay, lipschitz_decay, min_step, correction_before, correction_after; /* curvature */
+  double coefficient[3]; /* blend: of what is written, FM_GRAD and FM_THIRD */
   int sizing, law, source;
+  int lists; /* dot: 2 to FM_DOT_LISTS */
 } fm_options;
 
 /* The numbers that change from step to step, where the kernels read them: on a GPU their values are unknown to the
  * host. */
 typedef struct fm_scalars {
   const double *norm, *rho, *lr, *scale, *lipschitz, *curvature_scale;
-  const double *corrections; /* before and after */
-  const uint64_t *key;       /* seed, step; NULL to round to nearest */
+  const double *corrections;  /* before and after */
+  const double *coefficients; /* blend: three */
+  const uint64_t *key;        /* seed, step; NULL to round to nearest */
 } fm_scalars;
 
 FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
@@ -214,6 +220,9 @@ FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
   o->curvature_scale = s->curvature_scale ? *s->curvature_scale : o->curvature_scale;
   o->correction_before = s->corrections ? s->corrections[0] : o->correction_before;
   o->correction_after = s->corrections ? s->corrections[1] : o->correction_after;
+  for (int k = 0; k < 3; k++) {
+    o->coefficient[k] = s->coefficients ? s->coefficients[k] : o->coefficient[k];
+  }
   o->random = s->key != NULL;
   o->seed = s->key ? s->key[0] : 0;
   o->step = s->key ? s->key[1] : 0;
@@ -229,11 +238,41 @@ typedef struct fm_traits {
 /* ---- terms of the reductions ---- */
 
 /* A plain sum of magnitudes is a norm where it cannot overflow: of anything but float64. */
-enum { FM_TERM_SQUARE, FM_TERM_MAGNITUDE, FM_TERM_POWER, FM_TERM_LARGEST, FM_TERM_TIES, FM_TERM_PACGEN, FM_TERM_NOISE };
+enum {
+  FM_TERM_SQUARE,
+  FM_TERM_MAGNITUDE,
+  FM_TERM_POWER,
+  FM_TERM_LARGEST,
+  FM_TERM_TIES,
+  FM_TERM_PACGEN,
+  FM_TERM_NOISE,
+  FM_TERM_DOT
+};
 
 /* Whether partial results have more than their first number. `wide`: of float64. */
 FM_HD bool fm_has_parts(int term, bool wide) {
-  return (term == FM_TERM_SQUARE && wide) || term == FM_TERM_PACGEN || term == FM_TERM_NOISE;
+  return (term == FM_TERM_SQUARE && wide) || term == FM_TERM_PACGEN || term == FM_TERM_NOISE || term == FM_TERM_DOT;
+}
+
+/* ---- inner products ---- */
+
+/* dot sums the products of every pair (a, b), a <= b, of 2 to FM_DOT_LISTS lists: the upper triangle of their Gram
+ * matrix, row by row. Four of the sums share a fm_sum, which makes one plane of partial results. A product of two
+ * numbers of 32 bits or fewer is exact in double; one of float64 rounds, and can leave the range. */
+enum { FM_DOT_LISTS = 4, FM_DOT_SUMS = FM_DOT_LISTS * (FM_DOT_LISTS + 1) / 2, FM_DOT_PLANE = 4 };
+
+FM_HD int fm_dot_sums(int lists) { return lists * (lists + 1) / 2; }
+
+FM_HD int fm_dot_planes(int lists) { return (fm_dot_sums(lists) + FM_DOT_PLANE - 1) / FM_DOT_PLANE; }
+
+/* The lists of sum `pair`. */
+FM_HD int fm_dot_a(int lists, int pair) {
+  return pair < lists ? 0 : pair < 2 * lists - 1 ? 1 : pair < 3 * lists - 3 ? 2 : 3;
+}
+
+FM_HD int fm_dot_b(int lists, int pair) {
+  const int a = fm_dot_a(lists, pair);
+  return pair - a * (2 * lists - a - 1) / 2;
 }
 
 /* A NaN of either stays, as in torch.maximum. */
@@ -359,77 +398,91 @@ FM_HD double fm_norm_from_powers(double largest, double sum, double q) {
 #define FM_ADAM_STATE (FM_BIT(FM_MEAN) | FM_BIT(FM_SQUARE) | FM_BIT(FM_LARGEST))
 #define FM_AVERAGES (FM_BIT(FM_CURVATURE) | FM_BIT(FM_LIPSCHITZ))
 #define FM_AT_OLD (FM_BIT(FM_OLD) | FM_BIT(FM_GRAD))
+#define FM_LION_STATE FM_BIT(FM_MEAN)
 
 /* Bytes that an update moves as they are, before its rule. */
 typedef enum fm_copy { FM_COPY_NOTHING, FM_COPY_TO_BACKUP, FM_COPY_FROM_BACKUP } fm_copy;
 
-/* Every update: its name, what an element's rule reads and writes, what is tallied over the elements (a FM_TERM_..., or
- * -1) and what is copied. The loops of the CPU and of the GPU are made from this table; the rules are in fm_formulas.h,
- * fm_apply. */
-#define FM_UPDATES(X)                                                                                                 \
-  X(FM_ASCEND, ascend, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD), FM_BIT(FM_PARAM), -1, FM_COPY_TO_BACKUP)                   \
-  X(FM_RESTORE, restore, 0, 0, -1, FM_COPY_FROM_BACKUP)                                                               \
-  X(FM_RESTORE_SGD, restore_sgd, FM_AT_OLD | FM_SGD_STATE, FM_BIT(FM_PARAM) | FM_SGD_STATE, -1, FM_COPY_NOTHING)      \
-  X(FM_RESTORE_ADAM, restore_adam, FM_AT_OLD | FM_ADAM_STATE, FM_BIT(FM_PARAM) | FM_ADAM_STATE, -1, FM_COPY_NOTHING)  \
-  X(FM_RESTORE_SGD_CURVATURE, restore_sgd_curvature, FM_AT_OLD | FM_SGD_STATE | FM_AVERAGES,                          \
-    FM_BIT(FM_PARAM) | FM_SGD_STATE | FM_AVERAGES, FM_TERM_LARGEST, FM_COPY_NOTHING)                                  \
-  X(FM_RESTORE_ADAM_CURVATURE, restore_adam_curvature, FM_AT_OLD | FM_ADAM_STATE | FM_AVERAGES,                       \
-    FM_BIT(FM_PARAM) | FM_ADAM_STATE | FM_AVERAGES, FM_TERM_LARGEST, FM_COPY_NOTHING)                                 \
-  X(FM_SCALED_NOISE, scaled_noise, FM_BIT(FM_PARAM) | FM_AVERAGES | FM_BIT(FM_DRAW), FM_BIT(FM_PARAM), FM_TERM_NOISE, \
-    FM_COPY_TO_BACKUP)                                                                                                \
-  X(FM_AVERAGE, average, FM_BIT(FM_PARAM) | FM_AT_OLD | FM_AVERAGES | FM_BIT(FM_DRAW), FM_AVERAGES, FM_TERM_LARGEST,  \
-    FM_COPY_NOTHING)                                                                                                  \
-  X(FM_PROBE, probe, FM_BIT(FM_DRAW), FM_BIT(FM_PARAM), -1, FM_COPY_NOTHING)
+/* How the forms of an update are told apart, each compiled for itself: the kind, how many forms there are, which one it
+ * is by the options `o`, the traits `t` and the operands that are `present`, and which slots a form has not. */
+enum { FM_FORM_ANY_POWER = 4, FM_FORMS = 8 };
+#define FM_FORM_KINDS(X)                                                                 \
+  X(FM_ONE_FORM, 1, 0, 0)                                                                \
+  X(FM_FORM_BY_SCALING, FM_FORMS, t->scaling + (o->q == 2.0 ? 0 : FM_FORM_ANY_POWER), 0) \
+  X(FM_FORM_BY_OPTIONAL, 2, (present & optional) != 0, form != 0 ? 0 : optional)         \
+  X(FM_FORM_BY_SIZING, 6, 2 * o->sizing + (o->law == FM_LAW_TRUNCATED),                  \
+    form / 2 == FM_SIZE_CURVATURE ? 0                                                    \
+    : form / 2 == FM_SIZE_GIVEN   ? FM_BIT(FM_LIPSCHITZ)                                 \
+                                  : FM_AVERAGES)                                         \
+  X(FM_FORM_BY_SOURCE, 3, o->source, form == FM_SOURCE_PROBED ? 0 : FM_BIT(FM_DRAW))
+
+typedef enum fm_form_kind {
+#define FM_ENUMERATOR(kind, count, which, absent) kind,
+  FM_FORM_KINDS(FM_ENUMERATOR)
+#undef FM_ENUMERATOR
+} fm_form_kind;
+
+/* Every update: its name, what an element's rule reads and writes, the kind of its forms and the operands that it can
+ * do without, what is tallied over the elements (a FM_TERM_..., or -1) and what is copied. The loops of the CPU and of
+ * the GPU are made from this table; the rules are in fm_formulas.h, fm_apply. */
+#define FM_UPDATES(X)                                                                                                  \
+  X(FM_ASCEND, ascend, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD), FM_BIT(FM_PARAM), FM_FORM_BY_SCALING, 0, -1,                \
+    FM_COPY_TO_BACKUP)                                                                                                 \
+  X(FM_SAVE, save, 0, 0, FM_ONE_FORM, 0, -1, FM_COPY_TO_BACKUP)                                                        \
+  X(FM_RESTORE, restore, 0, 0, FM_ONE_FORM, 0, -1, FM_COPY_FROM_BACKUP)                                                \
+  X(FM_AXPY, axpy, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD), FM_BIT(FM_PARAM), FM_FORM_BY_OPTIONAL, FM_BIT(FM_OLD), -1,      \
+    FM_COPY_TO_BACKUP)                                                                                                 \
+  X(FM_BLEND, blend, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_BIT(FM_THIRD), FM_BIT(FM_PARAM), FM_FORM_BY_OPTIONAL,     \
+    FM_BIT(FM_THIRD), -1, FM_COPY_NOTHING)                                                                             \
+  FM_BASE_STEPS(X)                                                                                                     \
+  X(FM_SCALED_NOISE, scaled_noise, FM_BIT(FM_PARAM) | FM_AVERAGES | FM_BIT(FM_DRAW), FM_BIT(FM_PARAM),                 \
+    FM_FORM_BY_SIZING, 0, FM_TERM_NOISE, FM_COPY_TO_BACKUP)                                                            \
+  X(FM_AVERAGE, average, FM_BIT(FM_PARAM) | FM_AT_OLD | FM_AVERAGES | FM_BIT(FM_DRAW), FM_AVERAGES, FM_FORM_BY_SOURCE, \
+    0, FM_TERM_LARGEST, FM_COPY_NOTHING)                                                                               \
+  X(FM_PROBE, probe, FM_BIT(FM_DRAW), FM_BIT(FM_PARAM), FM_ONE_FORM, 0, -1, FM_COPY_NOTHING)
+
+/* The base steps: name, state, and which of that a step can do without. Each is two updates, of which the second,
+ * FM_..._CURVATURE, also averages the squared gradient and tallies the largest difference quotient in the same pass:
+ * a base that is added here learns curvature too. */
+#define FM_BASE_STEPS(X)                                                            \
+  FM_BASE_STEP(X, FM_RESTORE_SGD, restore_sgd, FM_SGD_STATE, FM_SGD_STATE)          \
+  FM_BASE_STEP(X, FM_RESTORE_ADAM, restore_adam, FM_ADAM_STATE, FM_BIT(FM_LARGEST)) \
+  FM_BASE_STEP(X, FM_RESTORE_LION, restore_lion, FM_LION_STATE, 0)
+#define FM_BASE_STEP(X, update, name, state, optional)                                                                 \
+  X(update, name, FM_AT_OLD | (state), FM_BIT(FM_PARAM) | (state), FM_FORM_OF_BASE(optional), optional, -1,            \
+    FM_COPY_NOTHING)                                                                                                   \
+  X(update##_CURVATURE, name##_curvature, FM_AT_OLD | (state) | FM_AVERAGES, FM_BIT(FM_PARAM) | (state) | FM_AVERAGES, \
+    FM_FORM_OF_BASE(optional), optional, FM_TERM_LARGEST, FM_COPY_NOTHING)
+#define FM_FORM_OF_BASE(optional) ((optional) != 0 ? FM_FORM_BY_OPTIONAL : FM_ONE_FORM)
 
 typedef enum fm_update {
-#define FM_ENUMERATOR(update, name, reads, writes, tally, copy) update,
+#define FM_ENUMERATOR(update, ...) update,
   FM_UPDATES(FM_ENUMERATOR)
 #undef FM_ENUMERATOR
       FM_UPDATE_COUNT
 } fm_update;
 
+/* The base step that learns curvature too. */
+FM_HD fm_update fm_with_curvature(fm_update base) { return (fm_update)(base + 1); }
+
 typedef struct fm_shape {
-  unsigned reads, writes;
+  unsigned reads, writes, optional;
+  fm_form_kind forms;
   int tally;
   fm_copy copy;
 } fm_shape;
 
-/* The forms of an update, each compiled for itself: which of its operands there are, or which formula it is. */
-enum { FM_FORM_ANY_POWER = 4, FM_FORMS = 8 };
-
-FM_HD int fm_form(fm_update update, const fm_options *o, const fm_traits *t, bool momentum) {
-  switch (update) {
-    case FM_ASCEND: return t->scaling + (o->q == 2.0 ? 0 : FM_FORM_ANY_POWER);
-    case FM_RESTORE_SGD:
-    case FM_RESTORE_SGD_CURVATURE: return momentum;
-    case FM_RESTORE_ADAM:
-    case FM_RESTORE_ADAM_CURVATURE: return o->amsgrad;
-    case FM_SCALED_NOISE: return 2 * o->sizing + (o->law == FM_LAW_TRUNCATED);
-    case FM_AVERAGE: return o->source;
-    default: return 0;
-  }
-}
-
-FM_HD int fm_form_count(fm_update update) {
-  switch (update) {
-    case FM_ASCEND: return 8;
-    case FM_RESTORE:
-    case FM_PROBE: return 1;
-    case FM_SCALED_NOISE: return 6;
-    case FM_AVERAGE: return 3;
-    default: return 2;
-  }
-}
-
 FM_HD fm_shape fm_shape_of(fm_update update) {
-  fm_shape shape = {0, 0, -1, FM_COPY_NOTHING};
+  fm_shape shape = {0, 0, 0, FM_ONE_FORM, -1, FM_COPY_NOTHING};
   switch (update) {
-#define FM_CASE(update, name, update_reads, update_writes, update_tally, update_copy) \
-  case update:                                                                        \
-    shape.reads = (update_reads);                                                     \
-    shape.writes = (update_writes);                                                   \
-    shape.tally = (update_tally);                                                     \
-    shape.copy = (update_copy);                                                       \
+#define FM_CASE(update, name, its_reads, its_writes, its_forms, its_optional, its_tally, its_copy) \
+  case update:                                                                                     \
+    shape.reads = (its_reads);                                                                     \
+    shape.writes = (its_writes);                                                                   \
+    shape.optional = (its_optional);                                                               \
+    shape.forms = (its_forms);                                                                     \
+    shape.tally = (its_tally);                                                                     \
+    shape.copy = (its_copy);                                                                       \
     break;
     FM_UPDATES(FM_CASE)
 #undef FM_CASE
@@ -438,18 +491,52 @@ FM_HD fm_shape fm_shape_of(fm_update update) {
   return shape;
 }
 
+/* The form of an update for a tensor. `present`: FM_BIT of each operand that there is. */
+FM_HD int fm_form(fm_update update, const fm_options *o, const fm_traits *t, unsigned present) {
+  const fm_shape shape = fm_shape_of(update);
+  const unsigned optional = shape.optional;
+  (void)o;
+  (void)t;
+  switch (shape.forms) {
+#define FM_CASE(kind, count, which, absent) \
+  case kind: return (which);
+    FM_FORM_KINDS(FM_CASE)
+#undef FM_CASE
+  }
+  return 0;
+}
+
+FM_HD int fm_form_count(fm_update update) {
+  switch (fm_shape_of(update).forms) {
+#define FM_CASE(kind, count, which, absent) \
+  case kind: return (count);
+    FM_FORM_KINDS(FM_CASE)
+#undef FM_CASE
+  }
+  return 0;
+}
+
 /* The slots that a form has not. */
 FM_HD unsigned fm_absent(fm_update update, int form) {
-  switch (update) {
-    case FM_RESTORE_SGD:
-    case FM_RESTORE_SGD_CURVATURE: return form ? 0 : FM_BIT(FM_BUFFER);
-    case FM_RESTORE_ADAM:
-    case FM_RESTORE_ADAM_CURVATURE: return form ? 0 : FM_BIT(FM_LARGEST);
-    case FM_SCALED_NOISE:
-      return form / 2 == FM_SIZE_CURVATURE ? 0 : form / 2 == FM_SIZE_GIVEN ? FM_BIT(FM_LIPSCHITZ) : FM_AVERAGES;
-    case FM_AVERAGE: return form == FM_SOURCE_PROBED ? 0 : FM_BIT(FM_DRAW);
-    default: return 0;
+  const fm_shape shape = fm_shape_of(update);
+  const unsigned optional = shape.optional;
+  switch (shape.forms) {
+#define FM_CASE(kind, count, which, absent) \
+  case kind: return (absent);
+    FM_FORM_KINDS(FM_CASE)
+#undef FM_CASE
   }
+  return 0;
+}
+
+/* The shape of a form: without a backup nothing is copied. */
+FM_HD fm_shape fm_shape_of_form(fm_update update, int form) {
+  const unsigned absent = fm_absent(update, form);
+  fm_shape shape = fm_shape_of(update);
+  shape.reads &= ~absent;
+  shape.writes &= ~absent;
+  shape.copy = absent & FM_BIT(FM_OLD) ? FM_COPY_NOTHING : shape.copy;
+  return shape;
 }
 
 /* The law of an update's draws. */

@@ -1,12 +1,12 @@
-/* What a device offers to the operator table. backend_cpu.c is the CPU, cuda/backend_cuda.c the GPU; each is linked with
- * operators.c and torch_args.c into a library of its own. */
+/* What a device offers to the operator table. backend_cpu.c is the CPU, cuda/backend_cuda.c the GPU; each is linked
+ * with operators.c and torch_args.c into a library of its own. */
 #ifndef FM_BACKEND_H
 #define FM_BACKEND_H
 
 #include "torch_args.h"
 
 /* What a backend is asked for: a reduction, or an update of the table in fm_math.h. */
-typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
+typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_DOT, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
 
 typedef struct fm_backend {
   /* Sparse keys too: a sparse tensor sends the call there, and the checks then name the argument. NULL ends the list.
@@ -14,7 +14,8 @@ typedef struct fm_backend {
   const char *dispatch_keys[4];
   bool defines_operators; /* the library that owns the namespace: the CPU's, which is always loaded */
   int32_t (*device_type)(void);
-  int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for */
+  int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for; dot
+                                        * needs fm_dot_planes times as many */
   int (*isa)(void);
   /* Runs an operator whose arguments are checked. `scalars` and `result` lie on the device; an update writes to
    * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */

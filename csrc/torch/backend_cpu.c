@@ -80,6 +80,7 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
   switch (op) {
     case FM_OP_NORM: *result = fm_norm(list, &o, torch_threads); break;
     case FM_OP_TIES: *result = fm_ties(list, &o, torch_threads); break;
+    case FM_OP_DOT: fm_dot(list, &o, result, torch_threads); break;
     case FM_OP_PACGEN: fm_pacgen(list, &o, result, torch_threads); break;
     case FM_OP_ROW_NORMS: fm_row_norms(list, &o, result, torch_threads); break;
     case FM_OP_UPDATE: sum = fm_run_update(update, list, &o, torch_threads); break;
