@@ -1,4 +1,4 @@
-"""Restore and base step in one pass over memory, where the base is exactly torch's SGD, Adam or AdamW.
+"""Restore and base step in one pass over memory, where the base is exactly torch's SGD, Adam or AdamW, or Lion.
 
 Anything that this would not reproduce to the letter, such as a hook on the base, a tensor learning rate or a
 parameter that lost its gradient in the second pass, is left to ``restore_`` followed by ``base.step()``.
@@ -20,6 +20,7 @@ from .. import ops
 from ..ops import _library
 from ._buckets import Bucket, with_gradient
 from ._wrapper import has_step_hooks
+from .lion import Lion
 
 __all__ = ["restore_and_step"]
 
@@ -181,8 +182,37 @@ def _adam_step(
         base.state[p] = state
 
 
+def _plan_lion(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
+    lr, weight_decay, betas = (group[k] for k in ("lr", "weight_decay", "betas"))
+    if not _are_numbers(lr, weight_decay, *betas):
+        return None
+    known = _states(base, bucket.params)
+    states = [state or {"exp_avg": torch.zeros_like(p)} for p, state in zip(bucket.params, known, strict=True)]
+    options = {
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "weight_decay": weight_decay,
+        "maximize": bool(group["maximize"]),
+    }
+    return partial(_lion_step, base, bucket, grads, states, lr, options)
+
+
+def _lion_step(
+    base: Optimizer,
+    bucket: Bucket,
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    lr: float,
+    options: dict[str, Any],
+) -> None:
+    bucket.restore_and_step(ops.restore_lion_, grads, [state["exp_avg"] for state in states], lr=lr, **options)
+    for p, state in zip(bucket.params, states, strict=True):
+        base.state[p] = state
+
+
 _PLANS: dict[type, Callable[[Any, dict[str, Any], Bucket, list[Tensor]], _Plan | None]] = {
     SGD: _plan_sgd,
     Adam: _plan_adam,
     AdamW: _plan_adam,
+    Lion: _plan_lion,
 }

@@ -12,7 +12,7 @@ from ._curvature import SQUARE, curvature_
 from ._memory import arithmetic_type, as_real, wide_type
 from ._perturb import restore_
 
-__all__ = ["restore_adam_", "restore_adam_curvature_", "restore_sgd_", "restore_sgd_curvature_"]
+__all__ = ["restore_adam_", "restore_adam_curvature_", "restore_lion_", "restore_sgd_", "restore_sgd_curvature_"]
 
 
 def _averages(
@@ -123,6 +123,40 @@ def restore_adam_(
             largest.copy_(new_v)
         denominator = new_v.sqrt() / (1.0 - beta2**step).sqrt().to(real) + eps
         as_real(p).copy_(w - (rate / (1.0 - beta1**step)).to(real) * new_m / denominator)
+    return _averages(params, grads, backup, curvatures, lipschitz, corrections, decay, lipschitz_decay, min_step)
+
+
+def restore_lion_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    backup: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    curvatures: Sequence[Tensor] = (),
+    lipschitz: Sequence[Tensor] = (),
+    corrections: Tensor | None = None,
+    decay: float = 0.0,
+    lipschitz_decay: float = 0.0,
+    min_step: float = 0.0,
+) -> Tensor:
+    """``w <- backup``, then one step of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
+
+    Then :func:`curvature_` as in :func:`restore_sgd_`."""
+    restore_(params, backup)
+    for i, p in enumerate(params):
+        real = arithmetic_type(p)
+        w, g, m = as_real(p).to(real), as_real(grads[i]).to(real), as_real(exp_avgs[i])
+        g = -g if maximize else g
+        rate = lr.to(device=p.device, dtype=wide_type(p))
+        old = m.to(real)
+        mixed = beta1 * old + (1.0 - beta1) * g
+        update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
+        m.copy_(beta2 * old + (1.0 - beta2) * g)
+        as_real(p).copy_(w * (1.0 - rate * weight_decay).to(real) - rate.to(real) * update)
     return _averages(params, grads, backup, curvatures, lipschitz, corrections, decay, lipschitz_decay, min_step)
 
 
