@@ -17,11 +17,16 @@ from gpu_runs import BASES, BUSY_CYCLES, DEVICE, HOST, captured, data, launches,
 from models import same_bits
 from operator_runs import (
     ADAM_OPTIONS,
+    BASES,
+    COEFFICIENTS,
+    LION_OPTIONS,
     SGD_OPTIONS,
     Options,
     adam_step,
     ascent,
     averages,
+    linear,
+    lion_step,
     long_list,
     moved,
     noise,
@@ -82,6 +87,16 @@ def test_adam(problem: Problem, options: Options) -> None:
     assert_bits_of_the_host(adam_step, problem, options)
 
 
+@given(problem=problems(), options=LION_OPTIONS)
+def test_lion(problem: Problem, options: Options) -> None:
+    assert_bits_of_the_host(lion_step, problem, options)
+
+
+@given(problem=problems(), coefficients=COEFFICIENTS)
+def test_inner_products_and_sums(problem: Problem, coefficients: tuple[float, ...]) -> None:
+    assert_bits_of_the_host(linear, problem, coefficients)
+
+
 @pytest.mark.parametrize("law", ["uniform", "normal", "truncated_normal", "rademacher"])
 @given(problem=problems(), per_element=st.booleans())
 def test_noise(law: str, problem: Problem, per_element: bool) -> None:
@@ -94,9 +109,9 @@ def test_averages(source: str, problem: Problem) -> None:
     assert_bits_of_the_host(averages, problem, source)
 
 
-@given(problem=problems(), adam=st.booleans())
-def test_steps_with_averages(problem: Problem, adam: bool) -> None:
-    assert_bits_of_the_host(step_with_averages, problem, adam)
+@given(problem=problems(), base=st.sampled_from(BASES))
+def test_steps_with_averages(problem: Problem, base: str) -> None:
+    assert_bits_of_the_host(step_with_averages, problem, base)
 
 
 @pytest.mark.parametrize("make", [large_problem, long_list])
@@ -110,7 +125,10 @@ def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem]
     assert_bits_of_the_host(adam_step, problem, ADAM_DEFAULTS)
     assert_bits_of_the_host(noise, problem, "normal", True)
     assert_bits_of_the_host(averages, problem, "probed")
-    assert_bits_of_the_host(step_with_averages, problem, True)
+    for base in BASES:
+        assert_bits_of_the_host(step_with_averages, problem, base)
+    assert_bits_of_the_host(lion_step, problem, {})
+    assert_bits_of_the_host(linear, problem, (0.5, -2.0, 3.0))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

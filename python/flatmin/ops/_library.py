@@ -109,14 +109,14 @@ def _filters(given: dict[str, Any]) -> tuple[int, ...]:
 
 def _products(given: dict[str, Any]) -> tuple[int, ...]:
     lists = sum(bool(given[name]) for name in "abcd")
-    return lists, lists
+    return (lists * (lists + 1) // 2,)
 
 
 #: Shapes of the results, of those that have one: a function of the arguments by name.
 _RESULTS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "curvature_": _scalar,
     "filter_norm": _filters,
-    "gram": _products,
+    "dot": _products,
     "norm": _scalar,
     "pacgen": lambda given: (len(given["params"]), 2),
     "restore_adam_": _quotient,

@@ -40,13 +40,24 @@ def gram(*lists: Sequence[Tensor]) -> Tensor:
                 f"lists[{i}] has {len(tensors)} tensors and lists[0] has {len(lists[0])}; give one for each"
             )
     a, b, c, d = [list(tensors) for tensors in lists] + [[] for _ in range(4 - len(lists))]
-    products: Tensor = run("gram", a=a, b=b, c=c, d=d)
-    return products
+    products: Tensor = run("dot", a=a, b=b, c=c, d=d)
+    return _symmetric(products, len(lists))
 
 
+def _symmetric(triangle: Tensor, k: int) -> Tensor:
+    """The matrix of an upper triangle that is given row by row."""
+    at = {(i, j): n for n, (i, j) in enumerate((i, j) for i in range(k) for j in range(i, k))}
+    elements = triangle.unbind()
+    return torch.stack([elements[at[min(i, j), max(i, j)]] for i in range(k) for j in range(k)]).view(k, k)
+
+
+@torch.no_grad()
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The inner product of two lists, float64 0-dim: an element of :func:`gram`, which has their norms too."""
-    return gram(a, b)[0, 1]
+    """The inner product of two lists, float64 0-dim. :func:`gram` has their norms too, from the same pass."""
+    if not a and not b:
+        return torch.zeros((), dtype=torch.float64)
+    products: Tensor = run("dot", a=a, b=b, c=[], d=[])
+    return products[1]
 
 
 @torch.no_grad()
@@ -64,8 +75,8 @@ def blend_(
         x: like ``grads``, of their types or float32.
         y: likewise; empty for a sum of two.
         coefficients: ``(a, b)`` or ``(a, b, c)``, or float64[3] on the device of ``grads``, such as
-            :func:`gram` gives without a synchronisation; the third is not looked at without ``y``. A coefficient of 0
-            does not hide what is not finite: 0 times infinity is NaN.
+            are made of :func:`gram` without a synchronisation; the third is not looked at without ``y``. A term whose
+            coefficient is 0 is left out: it passes no NaN on.
     """
     if not isinstance(coefficients, Tensor):
         numbers = list(coefficients)
@@ -82,15 +93,20 @@ def blend_(
 
 
 @torch.no_grad()
-def axpy_(tensors: Sequence[Tensor], x: Sequence[Tensor], scale: float | Tensor) -> None:
-    """``t <- t + scale x`` for each tensor of a list: BLAS's axpy.
+def axpy_(
+    params: Sequence[Tensor], x: Sequence[Tensor], scale: float | Tensor, *, backup: Tensor | None = None
+) -> None:
+    """``w <- w + scale x`` for each tensor of a list: BLAS's axpy.
 
     Args:
-        tensors: changed in place.
-        x: like ``tensors``, of their types or float32.
-        scale: finite float, or 0-dim tensor on their device.
+        params: changed in place.
+        x: like ``params``, of their types or float32.
+        scale: finite float, or 0-dim tensor on their device; with 0 nothing moves.
+        backup: from :func:`backup_like`, to save ``params`` in the same pass: a perturbation along ``x``.
     """
     if not isinstance(scale, Tensor):
         check_finite("scale", scale)
-    if tensors:
-        run("axpy_", tensors=tensors, x=x, scale=scalar(scale, tensors[0].device))
+    if params:
+        device = params[0].device
+        saved = torch.empty(0, dtype=torch.uint8, device=device) if backup is None else backup
+        run("axpy_", params=params, x=x, backup=saved, scale=scalar(scale, device))

@@ -64,9 +64,10 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            options = {key: group[key] for key in ("lr", "betas", "weight_decay", "maximize")}
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, **{key: group[key] for key in self.defaults})
+                    self._update(p, p.grad, **options)
         return loss
 
     def _update(
@@ -79,6 +80,7 @@ class Lion(Optimizer):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         w, g, m = (torch.view_as_real(t) if t.is_complex() else t for t in (p, grad, state["exp_avg"]))
         g = -g if maximize else g
-        update = m.mul(betas[0]).add_(g, alpha=1.0 - betas[0]).sign_()
+        mixed = m.mul(betas[0]).add_(g, alpha=1.0 - betas[0])
+        update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0: a step without a word
         w.mul_(1.0 - lr * weight_decay).add_(update, alpha=-lr)
         m.mul_(betas[1]).add_(g, alpha=1.0 - betas[1])

@@ -9,7 +9,7 @@ Notation: ``w`` weights, ``g`` gradients, ``T(w)`` the adaptive scaling, ``q`` t
 """
 
 from ._curvature import PLAIN, PROBED, SQUARE, curvature_, pacgen
-from ._linear import axpy_, blend_, gram
+from ._linear import axpy_, blend_, dot
 from ._memory import ALIGNMENT, backup_nbytes, backup_views
 from ._noise import (
     CURVATURE,
@@ -50,9 +50,9 @@ __all__ = [
     "backup_views",
     "blend_",
     "curvature_",
+    "dot",
     "draws",
     "filter_norm",
-    "gram",
     "noise_size",
     "norm",
     "pacgen",

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from ._memory import arithmetic_type, as_real, wide_type
+from ._perturb import save_
 
-__all__ = ["axpy_", "blend_", "gram"]
+__all__ = ["axpy_", "blend_", "dot"]
 
 
-def gram(a: Sequence[Tensor], b: Sequence[Tensor], c: Sequence[Tensor], d: Sequence[Tensor]) -> Tensor:
-    """The inner products of two to four lists (``c`` and ``d`` may be empty), each over all tensors: (k, k), wide."""
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], c: Sequence[Tensor], d: Sequence[Tensor]) -> Tensor:
+    """The inner products of two to four lists (``c`` and ``d`` may be empty), each over all tensors: the upper triangle
+    of their Gram matrix row by row, wide."""
     lists = [tensors for tensors in (a, b, c, d) if tensors]
     wide = wide_type(a[0])
     total = torch.zeros(len(lists), len(lists), dtype=wide, device=a[0].device)
     for tensors in zip(*lists, strict=True):
         flat = torch.stack([as_real(t).to(wide).flatten() for t in tensors])
         total += flat @ flat.T
-    return total
+    return total[tuple(torch.triu_indices(len(lists), len(lists)))]
 
 
 def blend_(grads: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -28,12 +30,19 @@ def blend_(grads: Sequence[Tensor], x: Sequence[Tensor], y: Sequence[Tensor], co
     for i, g in enumerate(grads):
         real = arithmetic_type(g)
         k = coefficients.to(g.device, real)
-        new = k[0] * as_real(g).to(real) + k[1] * as_real(x[i]).to(real)
-        as_real(g).copy_(new + k[2] * as_real(y[i]).to(real) if y else new)
+        new = _multiple(k[0], g, real) + _multiple(k[1], x[i], real)
+        as_real(g).copy_(new + _multiple(k[2], y[i], real) if y else new)
 
 
-def axpy_(tensors: Sequence[Tensor], x: Sequence[Tensor], scale: Tensor) -> None:
-    """``t <- t + scale x``."""
-    for t, add in zip(tensors, x, strict=True):
-        real = arithmetic_type(t)
-        as_real(t).copy_(as_real(t).to(real) + scale.to(t.device, real) * as_real(add).to(real))
+def axpy_(params: Sequence[Tensor], x: Sequence[Tensor], backup: Tensor, scale: Tensor) -> None:
+    """``backup <- w`` unless ``backup`` is empty, then ``w <- w + scale x``."""
+    if backup.numel():
+        save_(params, backup)
+    for w, add in zip(params, x, strict=True):
+        real = arithmetic_type(w)
+        as_real(w).copy_(as_real(w).to(real) + _multiple(scale.to(w.device, real), add, real))
+
+
+def _multiple(factor: Tensor, t: Tensor, real: torch.dtype) -> Tensor:
+    """A term of a sum, which is left out where its coefficient is 0: it passes no NaN on."""
+    return torch.where(factor != 0, factor * as_real(t).to(real), 0.0)

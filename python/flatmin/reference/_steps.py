@@ -26,8 +26,7 @@ def _averages(
     lipschitz_decay: float,
     min_step: float,
 ) -> Tensor:
-    """:func:`curvature_` of the squared gradients over the displacement of a step; empty without curvatures. ``backup``
-    is what :func:`_start` returned."""
+    """:func:`curvature_` of the squared gradients over the displacement of a step; empty without curvatures."""
     if not curvatures:
         return params[0].new_empty(0, dtype=wide_type(params[0]))
     if corrections is None:
@@ -166,7 +165,8 @@ def restore_lion_(
         g = -g if maximize else g
         rate = lr.to(device=p.device, dtype=wide_type(p))
         old = m.to(real)
-        update = (beta1 * old + (1.0 - beta1) * g).sign()
+        mixed = beta1 * old + (1.0 - beta1) * g
+        update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
         m.copy_(beta2 * old + (1.0 - beta2) * g)
         as_real(p).copy_(w * (1.0 - rate * weight_decay).to(real) - rate.to(real) * update)
     return _averages(params, grads, backup, curvatures, lipschitz, corrections, decay, lipschitz_decay, min_step)
