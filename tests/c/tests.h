@@ -39,7 +39,9 @@
   X(zero_coefficients) \
   X(lion)              \
   X(not_finite)        \
-  X(digests)
+  X(digests)           \
+  X(stealing)          \
+  X(concurrent_stealing)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)

@@ -17,8 +17,8 @@ from gpu_runs import BASES, BUSY_CYCLES, DEVICE, HOST, captured, data, launches,
 from models import same_bits
 from operator_runs import (
     ADAM_OPTIONS,
-    BASES,
     COEFFICIENTS,
+    FUSED_BASES,
     LION_OPTIONS,
     SGD_OPTIONS,
     Options,
@@ -36,6 +36,7 @@ from operator_runs import (
     step_with_averages,
 )
 from problems import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
+from requirements import LAUNCH_ROWS
 
 pytestmark = pytest.mark.cuda
 
@@ -109,7 +110,7 @@ def test_averages(source: str, problem: Problem) -> None:
     assert_bits_of_the_host(averages, problem, source)
 
 
-@given(problem=problems(), base=st.sampled_from(BASES))
+@given(problem=problems(), base=st.sampled_from(FUSED_BASES))
 def test_steps_with_averages(problem: Problem, base: str) -> None:
     assert_bits_of_the_host(step_with_averages, problem, base)
 
@@ -125,7 +126,7 @@ def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem]
     assert_bits_of_the_host(adam_step, problem, ADAM_DEFAULTS)
     assert_bits_of_the_host(noise, problem, "normal", True)
     assert_bits_of_the_host(averages, problem, "probed")
-    for base in BASES:
+    for base in FUSED_BASES:
         assert_bits_of_the_host(step_with_averages, problem, base)
     assert_bits_of_the_host(lion_step, problem, {})
     assert_bits_of_the_host(linear, problem, (0.5, -2.0, 3.0))
@@ -164,8 +165,8 @@ def test_a_tensor_of_more_elements_than_an_int_counts() -> None:
 # ---- launches ----
 
 
-@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (250, 1), (251, 2)])
-def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
+@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
+def test_a_pass_over_a_full_table_is_one_launch(tensors: int, per_pass: int) -> None:
     params, grads, buffers = ([torch.ones(1000, device=DEVICE) for _ in range(tensors)] for _ in range(3))
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}
