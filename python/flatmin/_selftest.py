@@ -91,6 +91,10 @@ class Case:
         """The parameters' layout and type, or another layout and float32."""
         return self.tensors() if self.rng.random() < 0.5 else self.tensors("contiguous", torch.float32)
 
+    def maybe(self) -> list[Tensor]:
+        """The same, or none."""
+        return self.either() if self.rng.random() < 0.5 else []
+
     def curvatures(self) -> list[Tensor]:
         """None in half of the cases where they are an option. A base step cannot learn them for 16-bit weights, which
         are too few bits for its displacement, and small displacements would magnify the rounding of the step."""
@@ -152,13 +156,18 @@ def _only_if(option: str, make: Callable[[Case], list[Tensor]]) -> Callable[[Cas
 
 #: Tensors by the name of the argument, made in the order of the schema.
 TENSORS: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
+    "a": Case.tensors,
+    "b": Case.either,
+    "c": Case.either,
+    "coefficients": lambda _: torch.tensor([0.5, -0.25, 2.0], dtype=torch.float64),
+    "d": Case.maybe,
     "backup": Case.backup,
     "corrections": lambda _: torch.tensor([2.0, 1.5], dtype=torch.float64),
     "curvature_scale": _scalar(1.5),
     "curvatures": Case.curvatures,
     "exp_avg_sqs": Case.positive,
     "exp_avgs": Case.tensors,
-    "grads": Case.either,
+    "grads": lambda case: case.tensors() if case.operator == "blend_" else case.either(),  # it is written there
     "key": _key,
     "lipschitz": Case.lipschitz,
     "lipschitz_constant": _scalar(0.5),
@@ -174,6 +183,8 @@ TENSORS: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
     "steps": lambda _: [torch.tensor(float(i)) for i in range(len(SHAPES))],
     "tensors": Case.tensors,
     "weights": Case.tensors,
+    "x": Case.either,
+    "y": Case.maybe,
 }
 
 

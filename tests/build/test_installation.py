@@ -63,15 +63,16 @@ class Broken:
     def __call__(self, *given: Any) -> Tensor | None:
         result: Tensor | None = self.operator(*given)
         last = result
-        if last is None:
+        if last is None or not last.numel():
             written = [
-                value
+                [value] if isinstance(value, Tensor) else value
                 for argument, value in zip(self._schema.arguments, given, strict=True)
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, list)
+                if argument.alias_info is not None and argument.alias_info.is_write
             ]
-            last = next(lists for lists in reversed(written) if lists)[-1]
+            last = next(lists for lists in reversed(written) if lists and lists[-1].numel() > 1)[-1]
         # in place in memory order: views of an image in channels_last have no flat view
-        last.as_strided((last.numel(),), (1,))[last.numel() // 2].mul_(1.02).add_(0.02)
+        element = last.as_strided((last.numel(),), (1,))[last.numel() // 2]
+        element.copy_(element * 1.02 + 0.02 if last.is_floating_point() else element ^ 1)
         return result
 
 
