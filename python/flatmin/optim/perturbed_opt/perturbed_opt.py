@@ -290,7 +290,8 @@ class PerturbedOPT(Perturbing):
     def _count_step(self) -> None:
         noise = self._set
         noise.steps += 1
-        if not self._warned and noise.settings.curved and not noise.states and noise.steps >= self._start + 2:
+        waits = noise.settings.curved and not noise.settings.fed_by_steps and not noise.states
+        if waits and not self._warned and noise.steps >= self._start + 2 and any(map(can_move, self._groups())):
             self._warned = True
             hessian = noise.settings.hessian
             advice = (
