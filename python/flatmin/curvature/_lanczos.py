@@ -205,8 +205,9 @@ class _Run:
         self.scale = 0.0
         epsilon = torch.finfo(basis.dtype).eps
         # Relative to ||A||: what rounding leaves of a vector that is 0; what counts as converged whatever ``tol`` says.
-        self.nothing = epsilon * min(10.0 * A.shape[0] ** 0.5, 100.0 if epsilon > 1e-10 else math.inf)
-        self.floor = max(20.0 * epsilon, torch.finfo(basis.rows.dtype).eps)
+        self.nothing = 50.0 * epsilon * (A.shape[0] ** 0.5 if epsilon < 1e-10 else 1.0)
+        self.floor = max(2.0 * self.nothing, torch.finfo(basis.rows.dtype).eps)
+        self.root = epsilon**0.5
         self.dropped = 0.0
         # how much of each vector belongs to the Krylov space since the last breakdown
         self.current = torch.ones(size, dtype=torch.float64)
@@ -234,11 +235,22 @@ class _Run:
         self.products += 1
         t[j, j] = coefficients[j]
         self.scale = max(self.scale, float(torch.linalg.vector_norm(coefficients)), beta)
-        self.broken = beta <= self.nothing * self.scale or basis.count == self.A.shape[0]
         self.beta, self.w = beta, w
         self.values, self.y = torch.linalg.eigh(t[: j + 1, : j + 1])
         self.residuals = torch.hypot(beta * self.y[-1].abs(), torch.tensor(self.dropped, dtype=torch.float64))
-        return self._converged() or basis.count == self.A.shape[0]
+        self.broken = basis.count == self.A.shape[0]
+        found = self._wanted()
+        done = self._within()[found]
+        if hasattr(self.A, "note"):
+            worst = float(self.residuals[found].max())
+            self.A.note(f"{int(done.sum())} of {len(found)} converged, largest residual {worst:.1e}")
+        complete = bool(done.all()) and len(found) == min(len(self._keys()) * self.k, self.A.shape[0])
+        nothing = self.nothing * self.scale
+        if complete:  # all have, where the space is exhausted: rounding may have left more of the last vector
+            allowed = float(self._allowed(self.values[found]).min())
+            nothing = max(nothing, min(0.1 * allowed, self.root * self.scale))
+        self.broken = self.broken or beta <= nothing
+        return (complete and self._no_more()) or basis.count == self.A.shape[0]
 
     def _room(self) -> bool:
         """Put the next vector into the basis, which a restart shortens where it is full; False if there is none."""
@@ -283,50 +295,49 @@ class _Run:
 
     def _keys(self) -> list[Tensor]:
         """What is to be largest."""
-        signs = {"largest": [self.values], "smallest": [-self.values], "magnitude": [self.values.abs()]}
-        return signs.get(self.which, [self.values, -self.values])
+        keys = {"largest": [self.values], "smallest": [-self.values], "magnitude": [self.values.abs()]}
+        return keys.get(self.which, [self.values, -self.values])
+
+    def _best(self, count: int) -> list[int]:
+        """The positions of the ``count`` best of each kind, ascending."""
+        size = len(self.values)
+        count = min(count, size)
+        if self.which == "magnitude":
+            return sorted(self.values.abs().argsort(descending=True)[:count].tolist())
+        high = range(size - count, size) if self.which != "smallest" else range(0)
+        low = range(count) if self.which != "largest" else range(0)
+        return sorted({*high, *low})
 
     def _wanted(self) -> list[int]:
         """The positions of the values asked for, from the largest to the smallest."""
-        found: set[int] = set()
-        for key in self._keys():
-            found |= set(key.argsort(descending=True)[: self.k].tolist())
-        return sorted(found, reverse=True)
+        return self._best(self.k)[::-1]
 
     def _kept(self) -> list[int]:
         """What goes on after a restart: what is wanted, and of the rest the next ones."""
-        size, keys = len(self.values), self._keys()
-        wanted = len(keys) * self.k
-        each = min(wanted + (2 * (size - wanted)) // 5, size - 1) // len(keys)
-        found: set[int] = set()
-        for key in keys:
-            found |= set(key.argsort(descending=True)[: max(each, self.k)].tolist())
-        return sorted(found)
+        size, kinds = len(self.values), 2 if self.which == "both" else 1
+        wanted = kinds * self.k
+        return self._best(max(self.k, min(wanted + (2 * (size - wanted)) // 5, size - 1) // kinds))
+
+    def _allowed(self, values: Tensor) -> Tensor:
+        """The largest residuals at which they have converged."""
+        return torch.clamp(self.tol * values.abs(), min=self.floor * self.scale)
 
     def _within(self) -> Tensor:
-        return self._small(self.residuals, self.values)
+        return self.residuals <= self._allowed(self.values)
 
-    def _small(self, residuals: Tensor, values: Tensor) -> Tensor:
-        return residuals <= torch.clamp(self.tol * values.abs(), min=self.floor * self.scale)
+    def _no_more(self) -> bool:
+        """Whether what is wanted is not only a part of what the whole space holds.
 
-    def _converged(self) -> bool:
-        within, found = self._within(), self._wanted()
-        done = sum(bool(within[i]) for i in found)
-        enough = len(found) == min(len(self._keys()) * self.k, self.A.shape[0])
-        if hasattr(self.A, "note"):
-            worst = max(float(self.residuals[i]) for i in found)
-            self.A.note(f"{done} of {len(found)} converged, largest residual {worst:.1e}")
-        if not enough or done < len(found):
-            return False
-        # After a breakdown the rest of the space may hold more of the largest: what the run found there must have
-        # converged too; and at a breakdown it must have found less than what is wanted.
+        After a breakdown the rest of the space may hold more of the same: the best that the run has found there must
+        have converged too, and at a breakdown it must be less than what is wanted.
+        """
         mass = self.current[: len(self.values)] @ self.y**2
         here = (mass > 0.5).nonzero().flatten()
         for key in self._keys():
             if not len(here):
                 return False
             top = int(here[key[here].argmax()])
-            if not within[top]:
+            if self.residuals[top] > self._allowed(self.values[top]):
                 return False
             if self.broken:
                 least = float(key.sort(descending=True).values[self.k - 1])
@@ -351,7 +362,7 @@ class _Run:
             residuals = torch.tensor([residual for _, residual in pairs], dtype=torch.float64)
             order = values.argsort(descending=True)
             values, residuals, x = values[order], residuals[order], x[order.to(x.device)]
-        within = self._small(residuals, values)
+        within = residuals <= self._allowed(values)
         if not bool(within.all()):
             warnings.warn(
                 f"eigenvalues: {int((~within).sum())} of {len(found)} have not converged to tol={self.tol:g} after "

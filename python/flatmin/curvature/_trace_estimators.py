@@ -50,7 +50,8 @@ def trace(
             root of their number; it keeps no vectors. "hutch++" (Meyer et al. 2021, arXiv 2010.09649) takes the trace
             on the range of A times a third of the vectors as it is and samples only the rest. "xtrace" (Epperly, Tropp
             and Webber 2024, arXiv 2301.07825) leaves each of its vectors out once. These two keep ``products`` / 3 and
-            / 2 vectors, and err far less where a few eigenvalues carry the trace.
+            / 2 vectors, and err far less where a few eigenvalues carry the trace; of a matrix with no more rows than
+            ``products`` they sum the diagonal.
         matrix, method, step, micro_batch, process_group: as in :func:`linear_operator`.
         basis_device, basis_dtype: where and as what the vectors are kept, as in :func:`eigenvalues`.
         seed: of the vectors.
@@ -85,6 +86,8 @@ def estimate_trace(
     def basis(size: int) -> Basis:
         return Basis(A, min(size, A.shape[0]), basis_dtype, basis_device)
 
+    if estimator != "hutchinson" and A.shape[0] <= products:
+        return _exact(A)
     return _ESTIMATORS[estimator][1](A, products, probe, basis)
 
 
@@ -94,6 +97,18 @@ NewBasis = Callable[[int], Basis]
 
 def _hutchinson(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
     return scalar_estimate([_inner(v, A @ v) for v in map(probe, range(products))])
+
+
+def _exact(A: SymmetricOperator) -> ScalarEstimate:
+    """Element by element: there are no more of them than products."""
+    v = torch.zeros_like(random_vector(A, 0, 0, 0, "rademacher"))
+    elements = []
+    for i in range(len(v)):
+        v[i] = 1.0
+        elements.append(float((A @ v)[i]))
+        v[i] = 0.0
+    rounding = 10.0 * torch.finfo(v.dtype).eps * math.fsum(map(abs, elements))
+    return ScalarEstimate(math.fsum(elements), rounding, len(v))
 
 
 def _hutch_pp(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
