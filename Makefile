@@ -7,6 +7,8 @@
 #   make mnist EPOCHS=14            as long as the original example (2 minutes an epoch on two cores)
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds
 #   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (5 minutes)
+#   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
+#   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
 #   make lint                       formats, clang-tidy, ruff, mypy
 #   make bench                      one SAM step beside its peers
 #   make gpu                        everything that a GPU must show, in 8 minutes, with the python and nvcc that are there
@@ -25,7 +27,7 @@ ARGS ?=
 FM_CUDA_ARCHITECTURES ?= all
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc cuda python -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') python/flatmin/py.typed \
-           CMakeLists.txt setup.py pyproject.toml README.md LICENSE
+           CMakeLists.txt $(wildcard cmake/*.cmake) setup.py pyproject.toml README.md LICENSE
 C_FILES := $(wildcard csrc/*/*.[ch] cuda/*.[ch] cuda/*.cu cuda/*.cuh tests/c/*.[ch] tests/c/*.cpp tests/emu/*.[ch] tests/emu/*.cpp \
            benchmarks/*.c)
 INCLUDES := -Icsrc/math -Icsrc/core -Icsrc/cpu -Icsrc/torch -Icuda
@@ -38,7 +40,7 @@ SHOWN = sh -c 'printf "\n== %s\n" "$$1"; shift; \
   (t=0; while sleep 10 >/dev/null 2>&1; do t=$$((t + 10)); printf "   %d s ...\n" $$t; done) & clock=$$!; \
   trap "kill $$clock" EXIT; "$$@"' shown
 
-.PHONY: mnist plan torchvision test ctest pytest lint bench gpu wheel clean
+.PHONY: mnist plan torchvision test ctest pytest lint bench gpu wheel wheels compilers clean
 
 $(VENV)/.created:
 	@$(SHOWN) 'virtual environment in $(VENV)' $(PYTHON) -m venv $(VENV)
@@ -63,7 +65,7 @@ dist/.built: $(SOURCES) | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.wheel-installed: dist/.built $(VENV)/.torch
-	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/flatmin-*.whl
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/flatmin-*-linux_*.whl
 	@touch $(VENV)/.installed $@
 
 # For `make mnist` and `make bench` any build of these sources will do. Where the wheel above is installed it stays; else
@@ -93,9 +95,37 @@ ctest: $(VENV)/.test-tools
 	  -DFM_TORCH_INCLUDE=$$($(BIN)/python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300
+	build/tests/tests/c/fm_test_shipped digests > build/digests.txt
 
 pytest: $(VENV)/.wheel-installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Without pip's isolation: each build would fetch zig again and make its C libraries anew.
+$(VENV)/.zig: $(VENV)/.created
+	$(BIN)/pip install --quiet 'setuptools>=77' 'cmake>=3.25' ninja 'ziglang~=0.17.1'
+	touch $@
+
+wheels: $(VENV)/.zig
+	rm -f dist/flatmin-*-manylinux_*.whl
+	for processor in x86_64 aarch64; do \
+	  PATH=$(BIN):$$PATH FM_PLATFORM=manylinux_2_28_$$processor FM_CUDA_ARCHITECTURES=$${FM_CUDA_ARCHITECTURES:-all} \
+	    $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . || exit 1; \
+	done
+
+# For another processor static programs, which qemu runs without another system's libraries. pacgen_digits is left out there: its long double
+# is made of integers, and it asks the formulas, not the loops.
+compilers: clang-x86_64 clang-aarch64
+build/digests.txt: $(SOURCES) $(wildcard tests/c/*)
+	$(MAKE) ctest
+clang-%: build/digests.txt $(VENV)/.zig
+	$(BIN)/cmake -S . -B build/tests-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/manylinux_2_28_$*.cmake \
+	  $(if $(filter $*,$(shell uname -m)),,-DFM_ZIG_TARGET=$*-linux-musl) \
+	  -DFM_ZIG=$$($(BIN)/python -c 'import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name("zig"))') \
+	  -DCMAKE_CUDA_COMPILER=NOTFOUND -DFM_DIGESTS=$(abspath build)/digests.txt
+	$(BIN)/cmake --build build/tests-$* --target fm_test_shipped
+	$(BIN)/ctest --test-dir build/tests-$* --output-on-failure --timeout 300 --parallel $(JOBS) \
+	  $(if $(filter $*,$(shell uname -m)),,--exclude-regex pacgen_digits)
 
 $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/pip install --quiet ruff mypy clang-format clang-tidy

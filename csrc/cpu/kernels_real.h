@@ -169,8 +169,7 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
     fm_lanes held;
     copy_lanes(&held, 0, lanes, first, group, parts);
     for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
-      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it came at 0.48 ns per
-       * element where 0.34 is possible (one thread of an EPYC) */
+      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it would come late */
       const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
       const int64_t next = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + (i - first) / FM_LANES * group;
       for (int64_t ahead = next; ahead < next + group; ahead += line) {
@@ -197,7 +196,7 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     const int used = lanes_of(chunk_end - chunk);
     fm_way way = {term, row->traits.scaling, full, pacgen};
     fm_lanes lanes;
-    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* a tenth of the time in cache */
+    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* which fills them itself */
       clear_lanes(&lanes, used, parts);
     }
     if (pacgen) {
@@ -316,7 +315,7 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   FM_EACH_OPERAND(FM_POINTERS)
   const FM_REAL *const draw = in[FM_DRAW];
   FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
-#pragma GCC ivdep
+  FM_INDEPENDENT
   for (int64_t i = 0; i < n; i++) {
     FM_REAL v[FM_SLOTS] = {0};
 #define FM_GET(k)                \
@@ -346,8 +345,8 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   }
 }
 
-/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double, half as
- * many at a time, they were a fifth of the time of an average in cache. */
+/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double
+ * half as many go at a time. */
 typedef struct FM_NAME(fm_exact) {
   FM_REAL first[FM_LANES], second[FM_LANES];
 } FM_NAME(fm_exact);
@@ -358,9 +357,11 @@ FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, in
   const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
   double *mid = lanes->mid + at;
   FM_REAL *first = exact->first + at, *second = exact->second + at;
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
     first[i] = FM_NAME(fm_larger)(first[i], a[i]);
   }
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
     mid[i] += (double)a[i];
     first[i] += b[i];
@@ -434,9 +435,9 @@ FM_INLINE bool FM_NAME(is_plain)(const fm_row *row, fm_shape shape) {
   return plain;
 }
 
-/* A whole block of a plain update: straight text for one length, two thirds of the time of the general way in cache. So
- * few instructions go by a line of memory that the processor has the next lines under way: asking for them ahead made
- * 4 x 4096^2 take 1.2 times as long (two cores of an EPYC). */
+/* A whole block of a plain update: straight text for one length, much faster in cache. So few instructions go by a
+ * line of memory that the processor has the next lines under way, and asking for them ahead only costs time
+ * (docs/performance.md). */
 FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_slots) * slots, const fm_row *row,
                                            fm_shape shape, int64_t at, FM_NAME(fm_blocks) * blocks,
                                            const FM_NAME(fm_rule) * rule, bool moves, bool streaming) {
@@ -480,7 +481,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   memset(&given, 0, sizeof given);
   FM_NAME(fm_set_rule)(&given, update, o, &row->traits);
   __asm__("" : "+m"(given));           /* gcc would see what its flags are made of, and have bools again */
-  const FM_NAME(fm_rule) rule = given; /* which no store can reach: in registers an SGD step takes 0.3 ns, else 0.6 */
+  const FM_NAME(fm_rule) rule = given; /* which no store can reach, so that it stays in registers */
   FM_NAME(fm_blocks) blocks;
   FM_NAME(fm_slots) slots;
   fm_stream stream;
@@ -548,20 +549,20 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(update_row)(job, row, begin, end, update, form); \
     }                                                          \
     break;
-#define FM_UPDATE_ROW(update, name, ...)                                                           \
-  static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    const fm_row *const its = &job->list->rows[row];                                               \
-    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                        \
-      FM_FORM_CASE(update, 0)                                                                      \
-      FM_FORM_CASE(update, 1)                                                                      \
-      FM_FORM_CASE(update, 2)                                                                      \
-      FM_FORM_CASE(update, 3)                                                                      \
-      FM_FORM_CASE(update, 4)                                                                      \
-      FM_FORM_CASE(update, 5)                                                                      \
-      FM_FORM_CASE(update, 6)                                                                      \
-      FM_FORM_CASE(update, 7)                                                                      \
-      default: break;                                                                              \
-    }                                                                                              \
+#define FM_UPDATE_ROW(update, name, ...)                                                                      \
+  static FM_OUTLINE void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    const fm_row *const its = &job->list->rows[row];                                                          \
+    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                                   \
+      FM_FORM_CASE(update, 0)                                                                                 \
+      FM_FORM_CASE(update, 1)                                                                                 \
+      FM_FORM_CASE(update, 2)                                                                                 \
+      FM_FORM_CASE(update, 3)                                                                                 \
+      FM_FORM_CASE(update, 4)                                                                                 \
+      FM_FORM_CASE(update, 5)                                                                                 \
+      FM_FORM_CASE(update, 6)                                                                                 \
+      FM_FORM_CASE(update, 7)                                                                                 \
+      default: break;                                                                                         \
+    }                                                                                                         \
   }
 FM_UPDATES(FM_UPDATE_ROW)
 #undef FM_FORM_CASE

@@ -112,7 +112,9 @@ static bool run_to_result(fm_args *args, fm_operator op, fm_update update, fm_li
                           const fm_scalars *scalars, int64_t dims, const int64_t *sizes, StableIValue *stack) {
   fm_slot result = {.tensor = NULL};
   double *data = NULL;
-  if (!fm_take_partials(args, fm_this_backend.partials, list) || !new_result(args, dims, sizes, &result, &data)) {
+  const int planes = op == FM_OP_DOT ? fm_dot_planes(o->lists) : 1;
+  if (!fm_take_partials(args, fm_this_backend.partials, planes, list) ||
+      !new_result(args, dims, sizes, &result, &data)) {
     return false;
   }
   if (!fm_this_backend.run(args, op, update, list, o, scalars, data)) {
@@ -148,6 +150,28 @@ static bool op_ties(fm_args *args, StableIValue *stack) {
   fm_options o = {0};
   fm_scalars s = {0};
   return take_scalar(args, "norm", &s.norm) && reduce(args, FM_OP_TIES, &o, &s, stack);
+}
+
+/* The operands of the inner products are the lists in their order, whatever the names of the operands. */
+static bool op_dot(fm_args *args, StableIValue *stack) {
+  const char *const names[FM_DOT_LISTS] = {"a", "b", "c", "d"};
+  fm_lists lists = {.count = 0};
+  fm_options o = {0};
+  const fm_scalars none = {0};
+  fm_list list = {0};
+  for (int k = 0; k < FM_DOT_LISTS; k++) {
+    if (k < 2 || length(args, names[k]) > 0) {
+      add_list(args, &lists, names[k], k, FM_READ_ANY_TYPE);
+      if (lists.count != k + 1) {
+        return fm_fail(args, "%s has 0 tensors and %s has %" PRId64 "; give one for each", names[k - 1], names[k],
+                       length(args, names[k]));
+      }
+    }
+  }
+  o.lists = lists.count;
+  const int64_t sums = fm_dot_sums(o.lists);
+  return fm_take_rows(args, lists.operand, lists.count, &list) &&
+         run_to_result(args, FM_OP_DOT, FM_UPDATE_COUNT, &list, &o, &none, 1, &sums, stack);
 }
 
 static bool op_pacgen(fm_args *args, StableIValue *stack) {
@@ -224,7 +248,7 @@ static bool op_sam_norm_ascend_(fm_args *args, StableIValue *stack) {
   if (isinf(o.q)) {
     return fm_fail(args, "q: infinity given, where ties share the radius; call norm, ties and sam_ascend_");
   }
-  if (!take_scaling(args, &args->arg[0], true, &list) || !fm_take_partials(args, fm_this_backend.partials, &list) ||
+  if (!take_scaling(args, &args->arg[0], true, &list) || !fm_take_partials(args, fm_this_backend.partials, 1, &list) ||
       !new_result(args, 0, NULL, &result, &norm)) {
     return false;
   }
@@ -236,6 +260,16 @@ static bool op_sam_norm_ascend_(fm_args *args, StableIValue *stack) {
   }
   stack[0] = result.value;
   return true;
+}
+
+static bool op_save_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  const fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  return take_lists(args, &lists, "backup", &list) && run_update(args, FM_SAVE, &list, &o, &s);
 }
 
 static bool op_restore_(fm_args *args, StableIValue *stack) {
@@ -278,20 +312,35 @@ static bool take_averages_of_step(fm_args *args, fm_lists *lists, fm_options *o)
   return take_averages(args, lists, o);
 }
 
+/* The lists of a base step. An empty backup stands for the parameters as they are: a step from where they are is the
+ * same pass, which reads each element before it writes it. */
+static bool take_stepped(fm_args *args, const fm_lists *lists, fm_list *list) {
+  if (args->arg[find(args, "backup")].tensors[0].numel != 0) {
+    return take_lists(args, lists, "backup", list);
+  }
+  if (!take_lists(args, lists, NULL, list)) {
+    return false;
+  }
+  for (int64_t i = 0; i < list->count; i++) {
+    list->rows[i].operand[FM_OLD] = list->rows[i].operand[FM_PARAM];
+  }
+  return true;
+}
+
 /* Runs a base step: by itself, when there is nothing to return, or with averages, when the largest quotient is. */
-static bool run_step(fm_args *args, fm_update plain, fm_update averaging, fm_list *list, const fm_options *o,
-                     fm_scalars *s, StableIValue *stack) {
+static bool run_step(fm_args *args, fm_update step, fm_list *list, const fm_options *o, fm_scalars *s,
+                     StableIValue *stack) {
   const int64_t none = 0;
   fm_slot result = {.tensor = NULL};
   double *data = NULL;
   if (length(args, "curvatures") > 0) {
     return fm_take_scalars(args, find(args, "corrections"), 2, &s->corrections) &&
-           run_to_result(args, FM_OP_UPDATE, averaging, list, o, s, 0, NULL, stack);
+           run_to_result(args, FM_OP_UPDATE, fm_with_curvature(step), list, o, s, 0, NULL, stack);
   }
   if (!new_result(args, 1, &none, &result, &data)) {
     return false;
   }
-  if (!run_update(args, plain, list, o, s)) {
+  if (!run_update(args, step, list, o, s)) {
     aoti_torch_delete_tensor_object(result.tensor);
     return false;
   }
@@ -317,9 +366,8 @@ static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
   if (o.momentum != 0.0) {
     add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
   }
-  return take_averages_of_step(args, &lists, &o) && take_lists(args, &lists, "backup", &list) &&
-         take_scalar(args, "lr", &s.lr) &&
-         run_step(args, FM_RESTORE_SGD, FM_RESTORE_SGD_CURVATURE, &list, &o, &s, stack);
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
+         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
 }
 
 /* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
@@ -389,9 +437,9 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
   if (o.amsgrad) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
-  if (!take_averages_of_step(args, &lists, &o) || !take_lists(args, &lists, "backup", &list) ||
+  if (!take_averages_of_step(args, &lists, &o) || !take_stepped(args, &lists, &list) ||
       !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list) ||
-      !run_step(args, FM_RESTORE_ADAM, FM_RESTORE_ADAM_CURVATURE, &list, &o, &s, stack)) {
+      !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
     return false;
   }
   for (int64_t r = 0; r < list.count; r++) {
@@ -400,6 +448,51 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
     set_step_count(&args->arg[steps].tensors[r], count + 1.0);
   }
   return true;
+}
+
+static bool op_restore_lion_(fm_args *args, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_options o = {.beta1 = number(args, "beta1"),
+                  .beta2 = number(args, "beta2"),
+                  .weight_decay = number(args, "weight_decay"),
+                  .maximize = integer(args, "maximize")};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "grads", FM_GRAD, FM_READ);
+  add_list(args, &lists, "exp_avgs", FM_MEAN, FM_WRITE);
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
+         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_LION, &list, &o, &s, stack);
+}
+
+/* ---- linear combinations ---- */
+
+static bool op_blend_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "grads", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "x", FM_GRAD, FM_READ);
+  add_if_any(args, &lists, "y", FM_THIRD, FM_READ);
+  return take_lists(args, &lists, NULL, &list) &&
+         fm_take_scalars(args, find(args, "coefficients"), 3, &s.coefficients) &&
+         run_update(args, FM_BLEND, &list, &o, &s);
+}
+
+/* An empty backup is none: nothing is saved. */
+static bool op_axpy_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "x", FM_GRAD, FM_READ);
+  const bool saves = get(args, "backup")->tensors[0].numel > 0;
+  return take_lists(args, &lists, saves ? "backup" : NULL, &list) && take_scalar(args, "scale", &s.scale) &&
+         run_update(args, FM_AXPY, &list, &o, &s);
 }
 
 /* ---- noise and curvature ---- */
@@ -502,6 +595,7 @@ static bool op_best_isa(fm_args *args, StableIValue *stack) {
   X(sam_norm_ascend_, true,                                                                                           \
     "sam_norm_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor rho, Tensor key, float q, int "  \
     "scaling, float eta, float eps) -> Tensor")                                                                       \
+  X(save_, true, "save_(Tensor[] params, Tensor(a!) backup) -> ()")                                                   \
   X(restore_, true, "restore_(Tensor(a!)[] params, Tensor backup) -> ()")                                             \
   X(restore_sgd_, true,                                                                                               \
     "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor backup, Tensor lr, "     \
@@ -511,6 +605,13 @@ static bool op_best_isa(fm_args *args, StableIValue *stack) {
     "restore_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "            \
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, float "    \
     "eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize, " FM_AVERAGED)                             \
+  X(restore_lion_, true,                                                                                              \
+    "restore_lion_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor backup, Tensor lr, float "      \
+    "beta1, "                                                                                                         \
+    "float beta2, float weight_decay, bool maximize, " FM_AVERAGED)                                                   \
+  X(dot, true, "dot(Tensor[] a, Tensor[] b, Tensor[] c, Tensor[] d) -> Tensor")                                       \
+  X(blend_, true, "blend_(Tensor(a!)[] grads, Tensor[] x, Tensor[] y, Tensor coefficients) -> ()")                    \
+  X(axpy_, true, "axpy_(Tensor(a!)[] params, Tensor[] x, Tensor(b!) backup, Tensor scale) -> ()")                     \
   X(scaled_noise_, true,                                                                                              \
     "scaled_noise_(Tensor(a!)[] params, Tensor[] curvatures, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, " \
     "Tensor key, Tensor "                                                                                             \

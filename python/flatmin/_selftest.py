@@ -45,20 +45,16 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "nesterov": (False, True),
     "q": (2.0, 1.0, 3.0, math.inf),
     "scaling": (reference.NONE, reference.ASAM, reference.DAVDA54, reference.BIG_VISION),
-    "sizing": (reference.NEIGHBOURHOOD, reference.CURVATURE, reference.GIVEN),
     "source": (reference.SQUARE, reference.PLAIN, reference.PROBED),
     "source_scale": (1.0, 0.5),
     "weight_decay": (0.0, 0.1),
     "whole": (False, True),
 }
 
-#: What an operator does not take: ties share the radius of q = inf, a cut needs a size, and 16 bits are too few for
-#: the displacement of a step.
+#: What an operator does not take: ties share the radius of q = inf, and a cut needs a size.
 EXCEPT: dict[str, dict[str, tuple[Any, ...]]] = {
     "sam_norm_ascend_": {"q": (math.inf,)},
     "probe_": {"law": (reference.TRUNCATED,)},
-    "restore_sgd_curvature_": {"dtype": (torch.bfloat16, torch.float16)},
-    "restore_adam_curvature_": {"dtype": (torch.bfloat16, torch.float16)},
 }
 
 
@@ -95,10 +91,25 @@ class Case:
         """The parameters' layout and type, or another layout and float32."""
         return self.tensors() if self.rng.random() < 0.5 else self.tensors("contiguous", torch.float32)
 
+    def curvatures(self) -> list[Tensor]:
+        """None in half of the cases where they are an option. A base step cannot learn them for 16-bit weights, which
+        are too few bits for its displacement, and small displacements would magnify the rounding of the step."""
+        learned = self.operator.startswith("restore_")
+        if learned:
+            self.options["min_step"] = 0.125
+        optional = learned or self.operator == "scaled_noise_"
+        if optional and (self.rng.random() < 0.5 or (learned and self.dtype.itemsize == 2)):
+            return []
+        return [t.abs() for t in self.either()]
+
+    def sizes(self) -> list[Tensor]:
+        """None where there are curvatures, and in half of the other cases."""
+        return [t.abs() for t in self.either()] if not self.made["curvatures"] and self.rng.random() < 0.5 else []
+
     def lipschitz(self) -> list[Tensor]:
         """Of the curvatures' type, or none."""
-        dtype = self.made["curvatures"][0].dtype if "curvatures" in self.made else self.dtype
-        return [t.to(dtype) for t in self.positive()] if self.rng.random() < 0.5 else []
+        curvatures = self.made["curvatures"]
+        return [t.to(curvatures[0].dtype) for t in self.positive()] if curvatures and self.rng.random() < 0.5 else []
 
     def backup(self) -> Tensor:
         """The bytes of other parameters, each from a multiple of the alignment on."""
@@ -144,7 +155,7 @@ TENSORS: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
     "backup": Case.backup,
     "corrections": lambda _: torch.tensor([2.0, 1.5], dtype=torch.float64),
     "curvature_scale": _scalar(1.5),
-    "curvatures": lambda case: [t.abs() for t in case.either()],
+    "curvatures": Case.curvatures,
     "exp_avg_sqs": Case.positive,
     "exp_avgs": Case.tensors,
     "grads": Case.either,
@@ -158,7 +169,7 @@ TENSORS: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
     "params": Case.params,
     "rho": _scalar(0.7),
     "scale": _scalar(0.5),
-    "sizes": _only_if("sizing", lambda case: [t.abs() for t in case.either()]),
+    "sizes": Case.sizes,
     "sources": Case.either,
     "steps": lambda _: [torch.tensor(float(i)) for i in range(len(SHAPES))],
     "tensors": Case.tensors,

@@ -17,11 +17,16 @@ from gpu_runs import BASES, BUSY_CYCLES, DEVICE, HOST, captured, data, launches,
 from models import same_bits
 from operator_runs import (
     ADAM_OPTIONS,
+    COEFFICIENTS,
+    FUSED_BASES,
+    LION_OPTIONS,
     SGD_OPTIONS,
     Options,
     adam_step,
     ascent,
     averages,
+    linear,
+    lion_step,
     long_list,
     moved,
     noise,
@@ -31,6 +36,7 @@ from operator_runs import (
     step_with_averages,
 )
 from problems import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
+from requirements import LAUNCH_ROWS
 
 pytestmark = pytest.mark.cuda
 
@@ -82,6 +88,16 @@ def test_adam(problem: Problem, options: Options) -> None:
     assert_bits_of_the_host(adam_step, problem, options)
 
 
+@given(problem=problems(), options=LION_OPTIONS)
+def test_lion(problem: Problem, options: Options) -> None:
+    assert_bits_of_the_host(lion_step, problem, options)
+
+
+@given(problem=problems(), coefficients=COEFFICIENTS)
+def test_inner_products_and_sums(problem: Problem, coefficients: tuple[float, ...]) -> None:
+    assert_bits_of_the_host(linear, problem, coefficients)
+
+
 @pytest.mark.parametrize("law", ["uniform", "normal", "truncated_normal", "rademacher"])
 @given(problem=problems(), per_element=st.booleans())
 def test_noise(law: str, problem: Problem, per_element: bool) -> None:
@@ -94,9 +110,9 @@ def test_averages(source: str, problem: Problem) -> None:
     assert_bits_of_the_host(averages, problem, source)
 
 
-@given(problem=problems(), adam=st.booleans())
-def test_steps_with_averages(problem: Problem, adam: bool) -> None:
-    assert_bits_of_the_host(step_with_averages, problem, adam)
+@given(problem=problems(), base=st.sampled_from(FUSED_BASES))
+def test_steps_with_averages(problem: Problem, base: str) -> None:
+    assert_bits_of_the_host(step_with_averages, problem, base)
 
 
 @pytest.mark.parametrize("make", [large_problem, long_list])
@@ -110,7 +126,10 @@ def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem]
     assert_bits_of_the_host(adam_step, problem, ADAM_DEFAULTS)
     assert_bits_of_the_host(noise, problem, "normal", True)
     assert_bits_of_the_host(averages, problem, "probed")
-    assert_bits_of_the_host(step_with_averages, problem, True)
+    for base in FUSED_BASES:
+        assert_bits_of_the_host(step_with_averages, problem, base)
+    assert_bits_of_the_host(lion_step, problem, {})
+    assert_bits_of_the_host(linear, problem, (0.5, -2.0, 3.0))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -146,8 +165,8 @@ def test_a_tensor_of_more_elements_than_an_int_counts() -> None:
 # ---- launches ----
 
 
-@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (250, 1), (251, 2)])
-def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
+@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
+def test_a_pass_over_a_full_table_is_one_launch(tensors: int, per_pass: int) -> None:
     params, grads, buffers = ([torch.ones(1000, device=DEVICE) for _ in range(tensors)] for _ in range(3))
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}

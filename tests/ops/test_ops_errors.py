@@ -85,8 +85,8 @@ WRITTEN = [
 LISTS = {op: lists_of(op) for op in OPERATORS}
 
 #: Lists that an operator takes of any floating type, and those that it can do without.
-ANY_TYPE = {("norm", "weights"), ("ties", "weights"), ("curvature_", "sources")}
-OPTIONAL = {(op, "lipschitz") for op in OPERATORS} | {("scaled_noise_", "curvatures")}
+ANY_TYPE = {("norm", "weights"), ("ties", "weights"), ("curvature_", "sources"), *(("dot", name) for name in "bcd")}
+OPTIONAL = {(op, "lipschitz") for op in OPERATORS} | {("scaled_noise_", "curvatures"), ("dot", "d"), ("blend_", "y")}
 
 
 def element_rows() -> list[Any]:
@@ -227,7 +227,7 @@ SCALARS = [
     (op, a.name)
     for op in OPERATORS
     for a in _library.OPERATORS[op]._schema.arguments
-    if str(a.type) == "Tensor" and a.name not in ("backup", "corrections", "key")
+    if str(a.type) == "Tensor" and a.name not in ("backup", "coefficients", "corrections", "key")
 ]
 
 
@@ -247,6 +247,12 @@ BAD_BACKUPS: dict[str, Callable[[Tensor], Tensor]] = {
     "two dimensions": lambda b: b.view(2, -1),
     "with gaps": lambda b: torch.cat([b, b])[::2],
 }
+
+
+def test_coefficients_are_three_numbers() -> None:
+    for bad in (scalars(1.0, 2.0), torch.ones(3), scalars(1.0, 0.0, 1.0, 0.0, 1.0, 0.0)[::2]):
+        arguments = good("blend_") | {"coefficients": bad}
+        assert_refused("blend_", arguments, "coefficients must be a contiguous float64 tensor of 3 elements")
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATORS if "corrections" in _library.ARGUMENTS[op]])

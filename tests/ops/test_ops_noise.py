@@ -405,7 +405,7 @@ def wide_problem(start: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("element", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "amsgrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "amsgrad", "lion"])
 @given(start=problems())
 def test_one_pass_equals_two(start: Problem, optimizer: str, element: bool) -> None:
     """The step and the average give the bits of restore_sgd_ (restore_adam_) followed by curvature_: in registers there
@@ -420,19 +420,17 @@ def test_one_pass_equals_two(start: Problem, optimizer: str, element: bool) -> N
         means, squares = start.state(5), start.state(6, positive=True)
         largest = start.state(7, positive=True) if optimizer == "amsgrad" else []
         steps = [torch.tensor(3.0) for _ in now.params]
-        averaged = (h, rho, backup, 0.5, corrections)
+        averaged: dict[str, Any] = {"curvatures": h, "lipschitz": rho, "corrections": corrections} | AVERAGE
+        averaged = averaged if fused else {}
         sgd = SGD | ({"momentum": 0.0} if optimizer == "sgd" else {})
         adam = {"weight_decay": 0.1, "decoupled": True, "amsgrad": optimizer == "amsgrad"}
         if optimizer in ("sgd", "momentum"):
-            if fused:
-                q = ops.restore_sgd_curvature_(now.params, now.grads, buffers, *averaged, **sgd, **AVERAGE)
-            else:
-                ops.restore_sgd_(now.params, now.grads, buffers, backup, 0.5, **sgd)
-        elif fused:
-            moments = (means, squares, largest)
-            q = ops.restore_adam_curvature_(now.params, now.grads, *moments, steps, *averaged, **adam, **AVERAGE)
+            q = ops.restore_sgd_(now.params, now.grads, buffers, backup, 0.5, **sgd, **averaged)
+        elif optimizer == "lion":
+            q = ops.restore_lion_(now.params, now.grads, means, backup, 0.5, weight_decay=0.1, **averaged)
         else:
-            ops.restore_adam_(now.params, now.grads, means, squares, largest, steps, backup, 0.5, **adam)
+            moments = (means, squares, largest)
+            q = ops.restore_adam_(now.params, now.grads, *moments, steps, backup, 0.5, **adam, **averaged)
         if not fused:
             q = ops.curvature_(
                 h, now.grads, params=now.params, backup=backup, lipschitz=rho, corrections=corrections, **AVERAGE

@@ -156,6 +156,20 @@ def sgd_step(
     return norm
 
 
+def blended_step(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
+) -> Tensor:
+    """A surrogate-gap step: the ascent along a gradient, and two gradients blended by their products."""
+    ops.axpy_(params, grads, rho, backup=backup)
+    again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
+    products = ops.gram(grads, again, buffers)
+    share = products[0, 1] / products[1, 1]
+    ops.blend_(again, grads, buffers, coefficients=torch.stack([share, -share, rho]))
+    ops.restore_lion_(params, again, buffers, backup, lr, weight_decay=0.01)
+    ops.save_(params, backup)
+    return products
+
+
 def adam_step(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
 ) -> Tensor:
@@ -205,7 +219,7 @@ def step_arguments() -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, 
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step, noise_step, stochastic_step])
+@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step, noise_step, stochastic_step, blended_step])
 def test_compiled_as_one_graph(step: Step, backend: str) -> None:
     """No graph break, and the same weights, state, backup and norm as without compilation.
 
@@ -286,6 +300,11 @@ def test_versions_of_everything_written() -> None:
     h, rho = ([t.abs() for t in make(k)] for k in (7, 8))
     key, corrections = ops.random_key(1), torch.ones(2, dtype=torch.float64)
     average: list[Any] = [h, rho, backup, 0.1, corrections]
+    curved: dict[str, Any] = {"curvatures": h, "corrections": corrections}
+    assert written(lambda: ops.restore_lion_(params, grads, buffers, backup, 0.1, **curved), params, buffers, h)
+    assert written(lambda: ops.save_(params, backup), [backup])
+    assert written(lambda: ops.axpy_(params, grads, 0.5, backup=backup), params, [backup])
+    assert written(lambda: ops.blend_(buffers, grads, params, coefficients=(1.0, 2.0, 3.0)), buffers)
     assert written(lambda: ops.scaled_noise_(params, backup, key, eps=1.0), params, [backup])
     assert written(lambda: ops.probe_(buffers, key), buffers)
     assert written(lambda: ops.curvature_(h, grads, decay=0.5, params=params, backup=backup, lipschitz=rho), h, rho)

@@ -42,7 +42,12 @@ _SINGLE: dict[str, Callable[[], Arguments]] = {
     "ties": lambda: {"norm": scalar(3.0), "scaling": 1, "eta": 0.01},
     "sam_ascend_": lambda: {"norm": scalar(3.0), **_ascent()},
     "sam_norm_ascend_": lambda: _ascent(),
+    "save_": dict,
     "restore_": dict,
+    "restore_lion_": lambda: {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.01, "maximize": False, **_step()},
+    "dot": dict,
+    "blend_": lambda: {"coefficients": scalars(0.5, -2.0, 3.0)},
+    "axpy_": lambda: {"scale": scalar(-0.5)},
     "restore_sgd_": lambda: {
         "momentum": 0.9,
         "dampening": 0.0,

@@ -21,17 +21,29 @@ A minimal step::
 
 from ._codes import dual_exponent, scaling_code
 from ._curvature import curvature_, pacgen
+from ._linear import axpy_, blend_, dot, gram
 from ._noise import probe_, random_key, scaled_noise_
-from ._perturb import backup_like, restore_, sam_ascend_, sam_norm_ascend_
+from ._perturb import backup_like, restore_, sam_ascend_, sam_norm_ascend_, save_
 from ._reduce import filter_norm, norm, ties
-from ._steps import Averages, restore_adam_, restore_adam_curvature_, restore_sgd_, restore_sgd_curvature_
+from ._steps import (
+    Averages,
+    restore_adam_,
+    restore_adam_curvature_,
+    restore_lion_,
+    restore_sgd_,
+    restore_sgd_curvature_,
+)
 
 __all__ = [
     "Averages",
+    "axpy_",
     "backup_like",
+    "blend_",
     "curvature_",
+    "dot",
     "dual_exponent",
     "filter_norm",
+    "gram",
     "norm",
     "pacgen",
     "probe_",
@@ -39,10 +51,12 @@ __all__ = [
     "restore_",
     "restore_adam_",
     "restore_adam_curvature_",
+    "restore_lion_",
     "restore_sgd_",
     "restore_sgd_curvature_",
     "sam_ascend_",
     "sam_norm_ascend_",
+    "save_",
     "scaled_noise_",
     "scaling_code",
     "ties",

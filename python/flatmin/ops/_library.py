@@ -107,13 +107,20 @@ def _filters(given: dict[str, Any]) -> tuple[int, ...]:
     return (sum(1 if given["whole"] or t.dim() < 2 else t.shape[0] for t in given["tensors"]),)
 
 
+def _products(given: dict[str, Any]) -> tuple[int, ...]:
+    lists = sum(bool(given[name]) for name in "abcd")
+    return (lists * (lists + 1) // 2,)
+
+
 #: Shapes of the results, of those that have one: a function of the arguments by name.
 _RESULTS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "curvature_": _scalar,
     "filter_norm": _filters,
+    "dot": _products,
     "norm": _scalar,
     "pacgen": lambda given: (len(given["params"]), 2),
     "restore_adam_": _quotient,
+    "restore_lion_": _quotient,
     "restore_sgd_": _quotient,
     "sam_norm_ascend_": _scalar,
     "scaled_noise_": lambda given: (3,),

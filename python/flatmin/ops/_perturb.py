@@ -13,7 +13,7 @@ from .._checks import check_finite_radius
 from ._codes import scaling_code
 from ._dispatch import empty_key, run, scalar
 
-__all__ = ["backup_like", "restore_", "sam_ascend_", "sam_norm_ascend_"]
+__all__ = ["backup_like", "restore_", "sam_ascend_", "sam_norm_ascend_", "save_"]
 
 
 def backup_like(params: Sequence[Tensor]) -> Tensor:
@@ -115,6 +115,13 @@ def _ascent(
         "eta": eta,
         "eps": eps,
     }
+
+
+@torch.no_grad()
+def save_(params: Sequence[Tensor], backup: Tensor) -> None:
+    """Copy the bytes of ``params`` to ``backup``, from which :func:`restore_` and the steps bring them back."""
+    if params:
+        run("save_", params=params, backup=backup)
 
 
 @torch.no_grad()

@@ -14,7 +14,14 @@ from ._dispatch import run, scalar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Averages", "restore_adam_", "restore_adam_curvature_", "restore_sgd_", "restore_sgd_curvature_"]
+__all__ = [
+    "Averages",
+    "restore_adam_",
+    "restore_adam_curvature_",
+    "restore_lion_",
+    "restore_sgd_",
+    "restore_sgd_curvature_",
+]
 
 
 class Averages(TypedDict, total=False):
@@ -108,6 +115,7 @@ def restore_sgd_(
     followed by ``SGD.step()`` on machines with fused multiply-add.
 
     Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -158,6 +166,7 @@ def restore_adam_(
     torch itself gives other bits in its foreach, fused and single-tensor forms.
 
     Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -180,6 +189,47 @@ def restore_adam_(
         weight_decay=weight_decay,
         decoupled=decoupled,
         amsgrad=amsgrad,
+        maximize=maximize,
+    )
+
+
+@torch.no_grad()
+def restore_lion_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    backup: Tensor,
+    lr: float | Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    **averages: Unpack[Averages],
+) -> Tensor:
+    """Restore and take one step of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2), in one pass over memory.
+
+    ``w <- w - lr (sign(beta1 m + (1 - beta1) g) + weight_decay w)``, ``m <- beta2 m + (1 - beta2) g`` with ``m`` in
+    ``exp_avgs``, as :class:`flatmin.optim.Lion` has it.
+
+    Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
+        averages: curvatures to average beside the step, see :class:`Averages`.
+
+    Returns:
+        The largest difference quotient, float64 0-dim; without curvatures an empty tensor.
+    """
+    return _step(
+        "restore_lion_",
+        params,
+        lr,
+        averages,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        backup=backup,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
         maximize=maximize,
     )
 

@@ -135,9 +135,8 @@ class Perturbing(Wrapper):
             )
 
     def _fused_step(self, buckets: Sequence[Bucket]) -> bool:
-        """Restore and step in one pass, if that fits. ``buckets`` are those that the base will step."""
-        if not self._set.perturbed:
-            return False
+        """Restore, if the weights are away, and step in one pass, if that fits. ``buckets`` are those that the base
+        will step."""
         done = _fused.restore_and_step(self.base, buckets)
         if done:
             self.restore()

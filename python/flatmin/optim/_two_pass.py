@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
+from . import _fused
 from ._buckets import PerturbedSet
 from ._model_buffers import ModelBuffers
 from ._perturbing import Perturbing, accumulate
@@ -61,7 +62,7 @@ class TwoPass(Perturbing):
         self._interval, self._start = interval, start
         self._replay = RandomReplay(model) if model is not None and same_rng else None
         self._first: dict[Tensor, Tensor] | None = None
-        self._in_second_pass = False
+        self._in_second_pass = self._ascended = False
 
     # -- what a method is ------------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class TwoPass(Perturbing):
         self._in_second_pass = True
         try:
             if self.active:
-                self._watch.ascended = self._move()
+                self._watch.ascended = self._ascended = self._move()
                 if self.needs_first_gradient:
                     self._first = self._gradients()
             self._start_pass()
@@ -302,11 +303,21 @@ class TwoPass(Perturbing):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _take_step(self, counts: bool) -> None:
-        if not self._fused_step(self._set.buckets):
+        if not self._fused_step(self._stepping()):
             self.restore()
             self.base.step()
+        self._ascended = False
         if self._replay is not None:
             self._replay.reset()
+
+    def _stepping(self) -> list[Any]:
+        """The buckets for one pass; none where the base's own step has to run. A step without ascent is the bare
+        optimizer's to the bit."""
+        if self._set.perturbed:
+            return self._set.buckets
+        if _fused.might_fit(self.base) and (self._ascended or _fused.has_bits_of_base(self.base)):
+            return self._set.at_rest(self._groups())
+        return []
 
     def _count_step(self) -> None:
         step = self._groups()[0]["sam_step"] + 1

@@ -9,6 +9,7 @@ Notation: ``w`` weights, ``g`` gradients, ``T(w)`` the adaptive scaling, ``q`` t
 """
 
 from ._curvature import PLAIN, PROBED, SQUARE, curvature_, pacgen
+from ._linear import axpy_, blend_, dot
 from ._memory import ALIGNMENT, backup_nbytes, backup_views
 from ._noise import (
     CURVATURE,
@@ -24,9 +25,9 @@ from ._noise import (
     random_words,
     scaled_noise_,
 )
-from ._perturb import restore_, sam_ascend_, sam_norm_ascend_
+from ._perturb import restore_, sam_ascend_, sam_norm_ascend_, save_
 from ._reductions import ASAM, BIG_VISION, DAVDA54, NONE, filter_norm, norm, ties
-from ._steps import restore_adam_, restore_adam_curvature_, restore_sgd_, restore_sgd_curvature_
+from ._steps import restore_adam_, restore_adam_curvature_, restore_lion_, restore_sgd_, restore_sgd_curvature_
 
 __all__ = [
     "ALIGNMENT",
@@ -44,9 +45,12 @@ __all__ = [
     "SQUARE",
     "TRUNCATED",
     "UNIFORM",
+    "axpy_",
     "backup_nbytes",
     "backup_views",
+    "blend_",
     "curvature_",
+    "dot",
     "draws",
     "filter_norm",
     "noise_size",
@@ -57,10 +61,12 @@ __all__ = [
     "restore_",
     "restore_adam_",
     "restore_adam_curvature_",
+    "restore_lion_",
     "restore_sgd_",
     "restore_sgd_curvature_",
     "sam_ascend_",
     "sam_norm_ascend_",
+    "save_",
     "scaled_noise_",
     "ties",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._memory import arithmetic_type, as_real, backup_views, memory_order, wide_type
 from ._reductions import BIG_VISION, norm, scaling_of
 
-__all__ = ["restore_", "sam_ascend_", "sam_norm_ascend_"]
+__all__ = ["restore_", "sam_ascend_", "sam_norm_ascend_", "save_"]
 
 
 def sam_ascend_(
@@ -70,6 +70,12 @@ def sam_norm_ascend_(
     gradient_norm = norm(grads, params, q, scaling, eta)
     sam_ascend_(params, grads, backup, gradient_norm, rho, key, q, scaling, eta, eps)
     return gradient_norm
+
+
+def save_(params: Sequence[Tensor], backup: Tensor) -> None:
+    """``backup <- w``, byte for byte."""
+    for p, old in zip(params, backup_views(params, backup), strict=True):
+        old.copy_(memory_order(p))
 
 
 def restore_(params: Sequence[Tensor], backup: Tensor) -> None:

@@ -149,7 +149,7 @@ class NoiseBucket(Bucket):
         self.largest = operator(
             self.params,
             *lists,
-            self.backup,
+            self.backup_to_step_from(),
             lr,
             **options,
             curvatures=self.curvatures,

@@ -277,7 +277,8 @@ class PerturbedOPT(Perturbing):
             self.restore()
             raise
         stepping = noise.stepping()
-        if counts and self._fused_step(stepping):
+        moved = noise.perturbed or (bool(stepping) and all(bucket.saved for bucket in stepping))
+        if counts and moved and self._fused_step(stepping):
             noise.learn_from_fused(stepping)
         else:
             self.restore()
