@@ -251,14 +251,19 @@ def test_no_noise_keeps_every_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("law", LAWS)
 def test_a_broken_curvature_moves_no_weight(law: str, dtype: torch.dtype) -> None:
-    """NaN reaches the count and not the weight; its neighbours get their noise."""
+    """What is not finite reaches the count and not the weight; its neighbours get their noise. Infinity is no small
+    noise and its negative no large one: neither is a curvature."""
     w, h = filled((5000,), dtype, 1), torch.full((5000,), 4.0, dtype=dtype)
     bad = [0, 17, 4095, 4096, 4999]
-    h[bad] = torch.nan
+    h[bad] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf, torch.nan], dtype=dtype)
     params = [w.clone()]
     tally = ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(2), law=law, curvatures=[h], eps=10.0)
     assert tally.tolist() == [0.5 * 4995, 0.0, 5.0]
     assert same_bytes(params[0][bad], w[bad])
+    plain, one = [w.clone()], torch.ones((), dtype=torch.float64)
+    given = (ops.backup_like(params), ops.random_key(2), one, 0.0 * one, one, LAWS.index(law), 0.0, 10.0)
+    assert reference.scaled_noise_(plain, [h], [], [], *given).tolist() == tally.tolist()
+    assert same_bytes(plain[0][bad], w[bad])
     assert params[0].isfinite().all()
     # a draw below half a unit in the last place of w rounds away: rare, but for 8 bits of bfloat16
     assert (params[0] != w).sum().item() >= (4900 if dtype != torch.bfloat16 else 4500)
