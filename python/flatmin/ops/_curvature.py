@@ -21,6 +21,8 @@ def lipschitz_of(value: float | Tensor | Sequence[Tensor], device: torch.device)
     if is_number(value):
         check_size("lipschitz", value)
         return [], scalar(value, device)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        raise TypeError(f"lipschitz: {value!r} given; give a number or tensors")
     tensors = list(value)  # type: ignore[arg-type]
     if not tensors:
         raise ValueError("lipschitz: an empty list given; give one tensor for each parameter, or a number")
