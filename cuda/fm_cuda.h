@@ -8,6 +8,10 @@
 extern "C" {
 #endif
 
+/* Dense tensors that one launch carries: the launches of every pass over a list follow from it. The tests and what the
+ * documents promise read it here. */
+enum { FM_CUDA_ROWS = 250 };
+
 /* Elements of list->partials that the reductions need for this many chunks: the folds write their results behind. dot
  * needs as many for each plane (fm_dot_planes). */
 int64_t fm_cuda_partials(int64_t chunks);

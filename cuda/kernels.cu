@@ -1,14 +1,13 @@
-/* The CUDA grid over the formulas of csrc/math/fm_math.h: the same chunks, lanes and trees as csrc/cpu/kernels.c, hence
+/* The CUDA grid over the formulas of csrc/math: the same chunks, lanes and trees as csrc/cpu/kernels.c, hence
  * the same bits. No atomics; nothing depends on alignment or on the number of blocks.
  *
- * A launch carries its table of tensors in the kernel's arguments (32,764 bytes since sm_70), so a pass over 250
- * tensors is one launch and no table is copied to the device. A thread takes 8 elements at a time (4 in float64
- * arithmetic), by loads of 128 bits: one for a 16-bit type, two for float32. */
+ * A launch carries its table of tensors in the kernel's arguments, so a pass over FM_CUDA_ROWS tensors is one launch
+ * and no table is copied to the device. A thread takes 8 elements at a time (4 in float64 arithmetic), by loads of 128
+ * bits: one for a 16-bit type, two for float32. */
 #include "fm_cuda.h"
 #include "launch.h"
 
 enum {
-  FM_CUDA_ROWS = 250,
   FM_CUDA_WARP = 32,
   FM_CUDA_SPAN = 8,         /* elements of a thread: lanes 8 t to 8 t + 7 of a chunk, so a warp has all 256 */
   FM_CUDA_THREADS = 256,    /* element-wise kernels: two spans a thread and chunk */
@@ -27,6 +26,12 @@ typedef struct fm_cuda_row {
   bool wide;
 } fm_cuda_row;
 
+/* A tensor that is not dense goes alone, and its layouts lie where the other rows would. */
+typedef struct fm_cuda_strided {
+  fm_cuda_row row;
+  fm_layout layout[FM_MAX_OPERANDS]; /* dims 0: dense */
+} fm_cuda_strided;
+
 /* One launch: a run of dense rows, or a single row with its layouts. */
 typedef struct fm_cuda_launch {
   fm_options options;
@@ -35,10 +40,15 @@ typedef struct fm_cuda_launch {
   int64_t chunk_begin, chunk_end;
   int32_t rows;
   bool strided;
-  fm_layout layout[FM_MAX_OPERANDS]; /* dims 0: dense */
-  fm_cuda_row row[FM_CUDA_ROWS];
+  union {
+    fm_cuda_row row[FM_CUDA_ROWS];
+    fm_cuda_strided alone;
+  };
 } fm_cuda_launch;
-static_assert(sizeof(fm_cuda_launch) <= 32764 - 64, "kernel arguments");
+
+/* What a kernel's arguments have room for since sm_70, less a fold's own; one operand more still fits. */
+enum { FM_CUDA_ARGUMENTS = 32764 - 64, FM_CUDA_FREE = FM_CUDA_ARGUMENTS - (int)sizeof(fm_cuda_launch) };
+static_assert(FM_CUDA_FREE >= FM_CUDA_ROWS * 8, "FM_CUDA_ROWS tensors are no longer one launch; see docs/traffic.md");
 
 #define FM_DEVICE static __device__ __forceinline__
 
@@ -55,11 +65,11 @@ FM_DEVICE int fm_element_size(int dtype) { return dtype == FM_F64 ? 8 : dtype ==
 
 FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i) {
   int64_t offset = i;
-  if (l->strided && l->layout[k].dims > 0) {
+  if (l->strided && l->alone.layout[k].dims > 0) {
     offset = 0;
-    for (int d = l->layout[k].dims - 1; d >= 0; d--) {
-      offset += i % l->layout[k].size[d] * l->layout[k].stride[d];
-      i /= l->layout[k].size[d];
+    for (int d = l->alone.layout[k].dims - 1; d >= 0; d--) {
+      offset += i % l->alone.layout[k].size[d] * l->alone.layout[k].stride[d];
+      i /= l->alone.layout[k].size[d];
     }
   }
   return row->data[k] + offset * fm_element_size(row->dtype[k]);
@@ -67,7 +77,7 @@ FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int 
 
 /* Whether a vector, of 16 or 32 bytes, lies together on a boundary of 16. */
 FM_DEVICE bool fm_is_vector(const fm_cuda_launch *l, int k, const char *at, bool whole) {
-  return whole && !(l->strided && l->layout[k].dims > 0) && (uintptr_t)at % 16 == 0;
+  return whole && !(l->strided && l->alone.layout[k].dims > 0) && (uintptr_t)at % 16 == 0;
 }
 
 /* The word that element j of this size begins in. */
@@ -485,7 +495,7 @@ static void launch_all(const fm_list *list, const fm_options *options, const fm_
     if (strided) {
       for (int k = 0; k < FM_MAX_OPERANDS; k++) {
         const fm_layout dense = {0, {0}, {0}};
-        l.layout[k] = list->rows[r].operand[k].layout != NULL ? *list->rows[r].operand[k].layout : dense;
+        l.alone.layout[k] = list->rows[r].operand[k].layout != NULL ? *list->rows[r].operand[k].layout : dense;
       }
       l.strided = true;
       flush(&l, launch, context);

@@ -166,9 +166,7 @@ FM_DEVICE fm_sum FM_NAME(fm_dot_chunk)(const fm_cuda_launch *l, const fm_cuda_ro
 
 /* ---- updates ---- */
 
-static_assert(FM_PARAM == 0 && FM_OLD == 1 && FM_MAX_OPERANDS == 8,
-              "the operands that the macros below name by number");
-#define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+static_assert(FM_PARAM == 0 && FM_OLD == 1, "the operands that the text below names by number");
 
 /* Applies an update to `count` elements from i on, and adds to `lanes` what it tallies. */
 template <fm_update UPDATE>
@@ -276,5 +274,3 @@ FM_DEVICE fm_sum FM_NAME(fm_update_chunk)(const fm_cuda_launch *l, const fm_cuda
   }
   return tally >= 0 ? fm_fold_lanes<tally, false>(lanes) : none;
 }
-
-#undef FM_EACH_OPERAND

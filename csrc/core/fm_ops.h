@@ -10,13 +10,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "fm_math.h"
+#include "updates.h"
 
 enum {
   FM_CHUNK = 4096,   /* elements of one partial result */
   FM_LANES = 256,    /* running sums inside a chunk: element i adds to lane i % 256, then lanes fold in halves */
   FM_BLOCK = 128,    /* elements that pass through a kernel's buffers at a time: short, so that streams interleave */
-  FM_GRAIN = 16,     /* chunks below which a list is not split over threads: about 10 us of work */
+  FM_GRAIN = 16,     /* chunks below which a list is not split over threads: waking them takes as long */
   FM_MAX_DIMS = 16,  /* dimensions that remain after merging adjacent ones */
   FM_ALIGNMENT = 64, /* of each tensor in a backup, in bytes */
 };

@@ -7,10 +7,7 @@
 /* A store past the caches saves reading the line that it overwrites, but the next pass must fetch what it wrote from
  * memory. It pays once the four arrays of a step (weights, gradients, backup, momentum) exceed what the last-level
  * cache has to spare. A virtual machine is told the cache of a socket, or of several, while its neighbours use it too;
- * hence the cap. On two cores of an EPYC that share 32 MiB a step took, with streaming stores, 1.8 times as long at
- * 10 MB of arrays, 1.2 times at 27 and 1.1 times at 40 MB, the same at 60 and 0.9 of the time at 85 MB; with 32 MiB for
- * each core, the same at 30 MB; on a Xeon, at 85 MB, 1.15 times as long in a quiet minute and half as long in a busy
- * one. */
+ * hence the cap (docs/performance.md). */
 static bool exceeds_cache(int64_t bytes) {
   static int64_t limit = 0;
   if (limit == 0) {

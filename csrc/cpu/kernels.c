@@ -180,8 +180,8 @@ typedef struct fm_way {
 /* Lanes that stay in registers over the rows of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
 enum { FM_LANE_GROUP = 32 };
 
-/* The lanes that n elements use, up to a power of two that folds in halves. The others would add zeros: for a tensor of
- * a few elements that was nine tenths of its norm. */
+/* The lanes that n elements use, up to a power of two that folds in halves. The others would add zeros, most
+ * of the work for a tensor of a few elements. */
 FM_INLINE int lanes_of(int64_t n) {
   int used = 1;
   while (used < FM_LANES && used < n) {
@@ -194,7 +194,7 @@ FM_INLINE int lanes_of(int64_t n) {
  */
 static __attribute__((noinline)) void clear(void *memory, size_t bytes) { memset(memory, 0, bytes); }
 
-/* Without parts the other three are left as they are: clearing them took a tenth of a norm's time in cache. */
+/* Without parts the other three are left as they are, which shows in cache. */
 FM_INLINE void clear_lanes(fm_lanes *lanes, int used, bool parts) {
   const size_t bytes = (size_t)used * sizeof(double);
   clear(lanes->mid, bytes);
@@ -263,8 +263,8 @@ static fm_ahead gradients_behind(const fm_list *list, int64_t r, int64_t at) {
 }
 
 /* Fills the lanes with sums of squares: `rows` times FM_LANES elements. gcc would convert eight floats at a time, in
- * halves of which one has to be moved first: 43 GB/s in cache (one core of an EPYC), this 63. What is asked for goes to
- * the first cache although half of it is in use: to the second, 4 x 4096^2 took 1.1 to 1.2 times as long. */
+ * halves of which one has to be moved first. What is asked for goes to the first cache although half of it is in use:
+ * from the second it comes too late (docs/performance.md). */
 static void square_lanes(double *lanes, const float *elements, int64_t rows, fm_ahead ahead) {
   enum { WIDTH = 4, SUMS = FM_LANE_GROUP / WIDTH, LINE = FM_CACHE_LINE / (int)sizeof(float) };
   for (int first = 0; first < FM_LANES; first += FM_LANE_GROUP) {
@@ -358,10 +358,6 @@ FM_INLINE const fm_view *copy_source(const fm_row *row, fm_shape shape) {
 FM_INLINE const fm_view *copy_target(const fm_row *row, fm_shape shape) {
   return &row->operand[shape.copy == FM_COPY_TO_BACKUP ? FM_OLD : FM_PARAM];
 }
-
-/* X(k) for each slot k that an update can read or write: straight text, so that arrays of slots become registers. */
-#define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-static_assert(FM_MAX_OPERANDS == 8, "FM_EACH_OPERAND");
 
 /* ---- the same loops for float and double arithmetic ---- */
 

@@ -169,8 +169,7 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
     fm_lanes held;
     copy_lanes(&held, 0, lanes, first, group, parts);
     for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
-      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it came at 0.48 ns per
-       * element where 0.34 is possible (one thread of an EPYC) */
+      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it would come late */
       const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
       const int64_t next = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + (i - first) / FM_LANES * group;
       for (int64_t ahead = next; ahead < next + group; ahead += line) {
@@ -197,7 +196,7 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     const int used = lanes_of(chunk_end - chunk);
     fm_way way = {term, row->traits.scaling, full, pacgen};
     fm_lanes lanes;
-    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* a tenth of the time in cache */
+    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* which fills them itself */
       clear_lanes(&lanes, used, parts);
     }
     if (pacgen) {
@@ -346,8 +345,8 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   }
 }
 
-/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double, half as
- * many at a time, they were a fifth of the time of an average in cache. */
+/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double
+ * half as many go at a time. */
 typedef struct FM_NAME(fm_exact) {
   FM_REAL first[FM_LANES], second[FM_LANES];
 } FM_NAME(fm_exact);
@@ -434,9 +433,9 @@ FM_INLINE bool FM_NAME(is_plain)(const fm_row *row, fm_shape shape) {
   return plain;
 }
 
-/* A whole block of a plain update: straight text for one length, two thirds of the time of the general way in cache. So
- * few instructions go by a line of memory that the processor has the next lines under way: asking for them ahead made
- * 4 x 4096^2 take 1.2 times as long (two cores of an EPYC). */
+/* A whole block of a plain update: straight text for one length, much faster in cache. So few instructions go by a
+ * line of memory that the processor has the next lines under way, and asking for them ahead only costs time
+ * (docs/performance.md). */
 FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_slots) * slots, const fm_row *row,
                                            fm_shape shape, int64_t at, FM_NAME(fm_blocks) * blocks,
                                            const FM_NAME(fm_rule) * rule, bool moves, bool streaming) {
@@ -480,7 +479,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   memset(&given, 0, sizeof given);
   FM_NAME(fm_set_rule)(&given, update, o, &row->traits);
   __asm__("" : "+m"(given));           /* gcc would see what its flags are made of, and have bools again */
-  const FM_NAME(fm_rule) rule = given; /* which no store can reach: in registers an SGD step takes 0.3 ns, else 0.6 */
+  const FM_NAME(fm_rule) rule = given; /* which no store can reach, so that it stays in registers */
   FM_NAME(fm_blocks) blocks;
   FM_NAME(fm_slots) slots;
   fm_stream stream;

@@ -1,4 +1,4 @@
-/* The update rules, one line of mathematics each. Included by fm_math.h twice: FM_REAL is the type of the arithmetic
+/* The update rules, one line of mathematics each. Included by updates.h twice: FM_REAL is the type of the arithmetic
  * (float for float32, bfloat16 and float16; double for float64), FM_NAME(x) is x_f32 or x_f64. */
 
 /* T(w). */
@@ -39,7 +39,7 @@ FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, int scaling, const fm_o
 }
 
 /* torch.optim.SGD, in torch's order and with its roundings: each add with a factor is one fma. A flag is a number, 0 or
- * 1: gcc 12 vectorises a choice by a number that does not change in the loop, and none by such a bool. */
+ * 1: gcc vectorises a choice by a number that does not change in the loop, and none by such a bool. */
 typedef struct FM_NAME(fm_sgd) {
   FM_REAL minus_lr, momentum, one_minus_dampening, weight_decay;
   FM_REAL first_step, nesterov, maximize;
@@ -347,7 +347,7 @@ FM_HD void FM_NAME(fm_apply_noise)(FM_REAL *v, const FM_NAME(fm_noise) * o, int 
   v[FM_TALLY + 2] = finite ? (FM_REAL)0 : (FM_REAL)1;
 }
 
-/* One element of an update. `update` and `form` (see fm_form in fm_math.h) are constants where this is inlined. */
+/* One element of an update. `update` and `form` (see fm_form in updates.h) are constants where this is inlined. */
 FM_HD void FM_NAME(fm_apply)(fm_update update, int form, FM_REAL *v, const FM_NAME(fm_rule) * rule) {
   switch (update) {
     case FM_ASCEND:

@@ -5,7 +5,7 @@
 
 #include "torch_args.h"
 
-/* What a backend is asked for: a reduction, or an update of the table in fm_math.h. */
+/* What a backend is asked for: a reduction, or an update of the table in updates.h. */
 typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_DOT, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
 
 typedef struct fm_backend {

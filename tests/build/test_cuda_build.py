@@ -24,12 +24,25 @@ from requirements import CUDA_LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMULAS, RANDOM = ROOT / "csrc/math/fm_formulas.h", ROOT / "csrc/math/fm_random.h"
+UPDATE_TABLE = ROOT / "csrc/math/updates.h"
 
 #: A released wheel: code for each of these, and PTX of the newest for what comes after it. sm_80 serves 86 and 89.
 RELEASED = "75-real 80-real 90-real 100-real 120"
 
-#: What the number after a kernel template's name means: the enums fm_update and FM_TERM_* in fm_math.h.
-UPDATES = ("ascend", "restore", "sgd", "adam", "sgd_curvature", "adam_curvature", "noise", "average", "probe")
+
+def update_names() -> list[str]:
+    """The rows of the table in its order, a base step as two: ``sgd`` for restore_sgd, ``noise`` for scaled_noise."""
+    text = UPDATE_TABLE.read_text()
+    table = text[text.index("#define FM_UPDATES(X)") : text.index("typedef enum fm_update")]
+    rows, bases = table.split("#define FM_BASE_STEPS")
+    steps = re.findall(r"FM_BASE_STEP\(X, FM_\w+, (\w+)", bases)
+    before, after = (re.findall(r"X\(FM_\w+, (\w+)", part) for part in rows.split("FM_BASE_STEPS(X)"))
+    names = [*before, *(name + suffix for name in steps for suffix in ("", "_curvature")), *after]
+    return [re.sub("^(restore|scaled)_", "", name) for name in names]
+
+
+#: What the number after a kernel template's name means: the enums fm_update and FM_TERM_* in csrc/math.
+UPDATES = update_names()
 TERMS = ("square", "magnitude", "power", "largest", "ties", "pacgen")
 
 #: Registers a thread at most. An SM has 65,536 and hands them out by 8: one more than this and a block less fits on it.
@@ -38,20 +51,28 @@ TERMS = ("square", "magnitude", "power", "largest", "ties", "pacgen")
 #: Adam 32 KB in one, the norm 16 KB in 4 blocks of 128.
 REGISTERS = {
     "ascend": 128,  # 2 blocks of 256 threads; needs 94
-    "restore": 80,  # 3 of 256; 64
+    "save": 80,  # 3 of 256; 72
+    "restore": 80,  # 3 of 256; 70
+    "axpy": 128,  # 2 of 256; 90
+    "blend": 128,  # 2 of 256; 90
     "sgd": 128,  # 2 of 256; 88
     "adam": 168,  # 1 of 256, as for anything above 128; 132
     "sgd_curvature": 168,  # 3 of 128; 156
     "adam_curvature": 255,  # 2 of 128; 246
-    "noise": 168,  # 3 of 128; 146
+    "lion": 128,  # 2 of 256; 102
+    "lion_curvature": 168,  # 3 of 128; 160
+    "noise": 168,  # 3 of 128; 148
     "average": 168,  # 3 of 128; 128
-    "probe": 80,  # 3 of 256; 62
+    "probe": 80,  # 3 of 256; 64
     "square": 128,  # 4 of 128; 126
     "magnitude": 128,  # 4 of 128; 94
     "power": 128,  # 4 of 128; 98
     "largest": 128,  # 4 of 128; 94
     "ties": 128,  # 4 of 128; 96
     "pacgen": 168,  # 3 of 128; 162
+    "dot_2": 128,  # 4 of 128; 126
+    "dot_3": 168,  # 3 of 128; 152
+    "dot_4": 168,  # 3 of 128; 166
     "fold": 64,  # 2 of 512; 32
     "fold_rows": 64,  # 2 of 512; 30
 }
@@ -59,7 +80,9 @@ REGISTERS = {
 
 def kernel_name(symbol: str) -> str:
     """``ascend`` for _Z16fm_update_kernelIL9fm_update0EEv14fm_cuda_launch."""
-    kind, which = re.search(r"fm_(update|reduce|fold|fold_rows)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
+    kind, which = re.search(r"fm_(update|reduce|dot|fold|fold_rows)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
+    if kind == "dot":
+        return f"dot_{which}"
     return kind if kind.startswith("fold") else (UPDATES if kind == "update" else TERMS)[int(which)]
 
 
@@ -73,7 +96,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:([^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     assert flags is not None
     includes = [f"-I{ROOT / name}" for name in ("csrc/math", "csrc/core", "cuda")]
-    command = [requirements.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
+    command = [
+        requirements.NVCC or "nvcc",
+        "-cubin",
+        "-arch=sm_90",
+        "-std=c++17",
+        "-O3",
+        *flags.group(1).split(),
+        *includes,
+    ]
     keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / "kernels.cubin")]
     source = str(ROOT / "cuda" / "kernels.cu")
     run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
@@ -148,14 +179,19 @@ def drawing_fmas(*functions: str) -> int:
 
 
 #: Formulas behind each update: SGD states four (decay, buffer, Nesterov, step), Adam three (decay and both moments), an
-#: average three (itself, its quotient, the quotient's average), noise three (neighbourhood, curvature, sum).
+#: average three (itself, its quotient, the quotient's average), noise three (neighbourhood, curvature, sum), Lion three
+#: (both averages and the step), axpy one and blend that one twice.
 AVERAGE = ("average_curvature", "quotient", "average_lipschitz")
 RULES = {
     "ascend": ("ascend_2",),
+    "axpy": ("add_multiple",),
+    "blend": ("add_multiple", "add_multiple"),
     "sgd": ("sgd_",),
     "adam": ("adam_",),
     "sgd_curvature": ("sgd_", *AVERAGE),
     "adam_curvature": ("adam_", *AVERAGE),
+    "lion": ("lion_",),
+    "lion_curvature": ("lion_", *AVERAGE),
     "noise": ("neighbourhood", "root_curvature", "add_noise"),
     "average": AVERAGE,
 }
@@ -184,7 +220,7 @@ def test_ptx_fuses_only_where_the_source_does(compiled: tuple[dict[str, str], st
 
 
 def test_the_updates_state_their_fmas() -> None:
-    assert [stated_fmas(*RULES.get(kernel, ())) for kernel in UPDATES] == [1, 0, 4, 3, 7, 6, 3, 3, 0]
+    assert [stated_fmas(*RULES.get(kernel, ())) for kernel in UPDATES] == [1, 0, 0, 1, 2, 4, 7, 3, 6, 3, 6, 3, 3, 0]
 
 
 @pytest.mark.requires("nvcc")
@@ -198,6 +234,15 @@ def test_ptxas_spills_nothing(compiled: tuple[dict[str, str], str]) -> None:
         assert registers is not None
         assert int(registers.group(1)) <= REGISTERS[kernel_name(text)], text
     assert "warning" not in report
+
+
+# ---- what is said of the source elsewhere ----
+
+
+def test_docs_say_how_many_tensors_a_launch_carries() -> None:
+    rows = requirements.LAUNCH_ROWS
+    assert f"ceil(N / {rows})" in (ROOT / "docs/traffic.md").read_text()
+    assert f"one launch per pass for up to {rows} tensors" in (ROOT / "README.md").read_text()
 
 
 # ---- the shipped library ----

@@ -38,7 +38,9 @@
   X(combinations)      \
   X(zero_coefficients) \
   X(lion)              \
-  X(not_finite)
+  X(not_finite)        \
+  X(stealing)          \
+  X(concurrent_stealing)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)

@@ -10,7 +10,7 @@
 int fm_failures = 0;
 
 static const char *const orders[] = {"random:5", "reverse", "forward"};
-enum { ORDERS = sizeof orders / sizeof *orders, ROWS = 250 /* of one launch */ };
+enum { ORDERS = sizeof orders / sizeof *orders, ROWS = FM_CUDA_ROWS };
 
 #define REDUCED (FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_AVERAGES)
 

@@ -40,6 +40,7 @@ from operator_runs import (
     step_with_averages,
 )
 from problems import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
+from requirements import LAUNCH_ROWS
 
 pytestmark = pytest.mark.cuda
 
@@ -185,8 +186,8 @@ def launches(run: Callable[[], object]) -> Counter[str]:
     return Counter(match.group(1) for match in found if match)
 
 
-@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (250, 1), (251, 2)])
-def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
+@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
+def test_a_pass_over_a_full_table_is_one_launch(tensors: int, per_pass: int) -> None:
     params, grads, buffers = ([torch.ones(1000, device=DEVICE) for _ in range(tensors)] for _ in range(3))
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}

@@ -32,6 +32,7 @@ import bits_digest
 from flatmin import ops
 from flatmin.ops import _library
 from problems import DTYPES, filled, same_bytes, same_memory
+from requirements import LAUNCH_ROWS
 
 LIBRARY = Path(os.environ.get("FLATMIN_EMULATOR", Path(__file__).parents[2] / "build" / "tests" / "_C_emu.so"))
 if not LIBRARY.exists():
@@ -189,9 +190,9 @@ def test_fixed_inputs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
         assert len(group(dtype)) >= 3
 
 
-@pytest.mark.parametrize("count", [249, 250, 251, 550])
+@pytest.mark.parametrize("count", [LAUNCH_ROWS - 1, LAUNCH_ROWS, LAUNCH_ROWS + 1, 2 * LAUNCH_ROWS + 50])
 def test_more_tensors_than_one_launch_carries(count: int) -> None:
-    """A launch takes 250 dense tensors, or one with strides. Random bits go by the number in the whole list."""
+    """A launch takes LAUNCH_ROWS dense tensors, or one with strides. Random bits go by the number in the whole list."""
 
     def tensors(seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
         layouts = ["every_second" if i == 200 else "contiguous" for i in range(count)]
@@ -213,7 +214,7 @@ def test_more_tensors_than_one_launch_carries(count: int) -> None:
     assert all(same_bytes(p, w) for p, w in zip(params, start, strict=True))
 
 
-@pytest.mark.parametrize(("count", "launches"), [(213, 1), (250, 1), (251, 2)])
+@pytest.mark.parametrize(("count", "launches"), [(213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
 def test_one_launch_a_pass(count: int, launches: int) -> None:
     """213 are EfficientNet-B0's tensors."""
     params, grads = [torch.ones(5) for _ in range(count)], [torch.ones(5) for _ in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,10 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 CPU_LIBRARY = Path(flatmin.__file__).with_name("_C.so")
 CUDA_LIBRARY = CPU_LIBRARY.with_name("_C_cuda.so")
+
+#: Dense tensors that one CUDA launch carries, from the only place that says so.
+_LAUNCHER = Path(__file__).resolve().parents[2] / "cuda/fm_cuda.h"
+LAUNCH_ROWS = int(re.findall(r"FM_CUDA_ROWS = (\d+)", _LAUNCHER.read_text())[0])
 
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
 GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
