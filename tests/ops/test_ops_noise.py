@@ -513,6 +513,21 @@ def test_pacgen_loses_no_digit() -> None:
     assert all_of_them == pytest.approx(n * one, rel=2e-15)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("eps", [0.1, 1e-200])  # the second leaves the range in which products are kept
+def test_pacgen_of_a_broken_curvature(bad: float, eps: float) -> None:
+    """Not finite in its own row, in the kernels and in the reference: -inf is no flat direction."""
+    params, h = [torch.ones(5000) for _ in range(2)], [torch.ones(5000) for _ in range(2)]
+    h[1][4321] = bad
+    one = scalar(1.0)
+    for psi in (
+        ops.pacgen(params, h, gamma=0.1, eps=eps),
+        reference.pacgen(params, h, [], 0.0 * one, one, 0.1, eps),
+    ):
+        assert psi[0].isfinite().all()
+        assert psi[1, 0].isnan()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pacgen_without_neighbourhood(dtype: torch.dtype) -> None:
     """eps = 0 and w = 0: the term is log 1. A NaN shows in its own row."""
