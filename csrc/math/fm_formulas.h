@@ -192,10 +192,10 @@ FM_HD FM_REAL FM_NAME(fm_neighbourhood)(FM_REAL w, const FM_NAME(fm_noise) * o) 
   return FM_FMA(o->gamma, FM_ABS(w), o->eps);
 }
 
-/* Square root of c = max(h + rho N, 0); a NaN stays one. */
+/* Square root of c = max(h + rho N, 0); NaN if h + rho N is not finite, whichever way: it says nothing of a size. */
 FM_HD FM_REAL FM_NAME(fm_root_curvature)(FM_REAL h, FM_REAL lipschitz, FM_REAL n, const FM_NAME(fm_noise) * o) {
-  const FM_REAL c = FM_FMA(o->lipschitz * lipschitz, n, o->curvature_scale * h);
-  return FM_SQRT(c < 0 ? (FM_REAL)0 : c);
+  const FM_REAL c = FM_FMA(o->lipschitz * lipschitz, n, o->curvature_scale * h), zero = c - c;
+  return FM_SQRT(c < 0 ? zero : c + zero);
 }
 
 /* w + sigma xi; w itself where sigma is 0 or not finite. A given size may be negative: the other side of w. */

@@ -107,7 +107,8 @@ typedef struct fm_ratio {
 
 FM_HD fm_ratio fm_pacgen_ratio(double w, double h, double lipschitz, const fm_options *o) {
   const double magnitude = fabs(w), n = fma(o->gamma, magnitude, o->eps), square = n * n;
-  const double raw = fma(o->lipschitz * lipschitz, n, o->curvature_scale * h), c = raw < 0.0 ? 0.0 : raw;
+  const double raw = fma(o->lipschitz * lipschitz, n, o->curvature_scale * h);
+  const double c = raw < 0.0 ? raw - raw : raw; /* 0, and NaN of -inf */
   const double curved = c * square, reach = magnitude + n;
   const bool above = !(curved <= 1.0); /* a NaN is, and gets into X; one comparison serves both choices */
   const fm_ratio ratio = {reach * reach * (above ? curved : 1.0), square, reach, above ? 0.0 : 1.0};

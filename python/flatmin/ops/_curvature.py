@@ -21,6 +21,8 @@ def lipschitz_of(value: float | Tensor | Sequence[Tensor], device: torch.device)
     if is_number(value):
         check_size("lipschitz", value)
         return [], scalar(value, device)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        raise TypeError(f"lipschitz: {value!r} given; give a number or tensors")
     tensors = list(value)  # type: ignore[arg-type]
     if not tensors:
         raise ValueError("lipschitz: an empty list given; give one tensor for each parameter, or a number")
@@ -110,8 +112,8 @@ def pacgen(
 
     Returns:
         float64 of shape (len(params), 2): Psi of each tensor, and how many of its elements are capped, ``c_i N_i^2 <=
-        1``. Products are kept as mantissa and exponent, so no digit is lost however long the sum. NaN in a curvature
-        makes its tensor's Psi NaN.
+        1``. Products are kept as mantissa and exponent, so no digit is lost however long the sum. NaN or
+        infinity in a curvature makes its tensor's Psi NaN.
     """
     check_size("gamma", gamma)
     check_size("eps", eps)

@@ -80,8 +80,9 @@ def scaled_noise_(
         curvature_scale: multiplies ``curvatures``: the bias correction of an average.
 
     Returns:
-        float64[3]: the sum of ``sigma_i``, how many are capped at ``N_i``, and how many are not finite because a
-        curvature is not. The weights of the last keep their bits: no NaN ever reaches a weight this way.
+        float64[3]: the sum of ``sigma_i``, how many are capped at ``N_i``, and how many are not finite because
+        ``c_i`` is not: a curvature of NaN or infinity, of either sign. The weights of the last keep their bits: no NaN
+        ever reaches a weight this way.
     """
     if curvatures is not None and sizes is not None:
         raise ValueError("curvatures and sizes: both given, but the size of the noise comes from one of them")

@@ -95,9 +95,10 @@ def curved(
     gamma: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """``N_i = gamma |w_i| + eps`` and ``c_i = max(h_i + rho_i N_i, 0)``. NaN stays NaN."""
+    """``N_i = gamma |w_i| + eps`` and ``c_i = max(h_i + rho_i N_i, 0)``, NaN where that sum is not finite."""
     n = gamma * w.abs() + eps
-    return n, (curvature_scale * h + constant * lipschitz * n).clamp(min=0.0)
+    c = curvature_scale * h + constant * lipschitz * n
+    return n, c.clamp(min=0.0) + (c - c)
 
 
 def noise_size(c: Tensor, n: Tensor, scale: Tensor | float) -> Tensor:
