@@ -74,5 +74,6 @@ const fm_backend fm_this_backend = {
     .device_type = FM_DEVICE_TYPE,
     .partials = fm_cuda_partials,
     .isa = isa,
+    .best_isa = isa,
     .run = run,
 };

@@ -91,6 +91,9 @@ typedef struct fm_kernels {
 /* The table in use: the best that the processor runs, or what the environment variable FM_ISA (base, v3, v4) names. */
 extern const fm_kernels *fm_active_kernels;
 
+/* The number of the best table that this processor runs; it runs those below too. */
+int fm_best_isa(void);
+
 static inline int64_t fm_chunks_of(int64_t numel) { return (numel + FM_CHUNK - 1) / FM_CHUNK; }
 
 /* Fills list->first_chunk; the number of chunks is its last entry. */

@@ -315,7 +315,7 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   FM_EACH_OPERAND(FM_POINTERS)
   const FM_REAL *const draw = in[FM_DRAW];
   FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
-#pragma GCC ivdep
+  FM_INDEPENDENT
   for (int64_t i = 0; i < n; i++) {
     FM_REAL v[FM_SLOTS] = {0};
 #define FM_GET(k)                \
@@ -357,9 +357,11 @@ FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, in
   const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
   double *mid = lanes->mid + at;
   FM_REAL *first = exact->first + at, *second = exact->second + at;
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
     first[i] = FM_NAME(fm_larger)(first[i], a[i]);
   }
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
     mid[i] += (double)a[i];
     first[i] += b[i];
@@ -547,20 +549,20 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(update_row)(job, row, begin, end, update, form); \
     }                                                          \
     break;
-#define FM_UPDATE_ROW(update, name, ...)                                                           \
-  static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    const fm_row *const its = &job->list->rows[row];                                               \
-    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                        \
-      FM_FORM_CASE(update, 0)                                                                      \
-      FM_FORM_CASE(update, 1)                                                                      \
-      FM_FORM_CASE(update, 2)                                                                      \
-      FM_FORM_CASE(update, 3)                                                                      \
-      FM_FORM_CASE(update, 4)                                                                      \
-      FM_FORM_CASE(update, 5)                                                                      \
-      FM_FORM_CASE(update, 6)                                                                      \
-      FM_FORM_CASE(update, 7)                                                                      \
-      default: break;                                                                              \
-    }                                                                                              \
+#define FM_UPDATE_ROW(update, name, ...)                                                                      \
+  static FM_OUTLINE void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    const fm_row *const its = &job->list->rows[row];                                                          \
+    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                                   \
+      FM_FORM_CASE(update, 0)                                                                                 \
+      FM_FORM_CASE(update, 1)                                                                                 \
+      FM_FORM_CASE(update, 2)                                                                                 \
+      FM_FORM_CASE(update, 3)                                                                                 \
+      FM_FORM_CASE(update, 4)                                                                                 \
+      FM_FORM_CASE(update, 5)                                                                                 \
+      FM_FORM_CASE(update, 6)                                                                                 \
+      FM_FORM_CASE(update, 7)                                                                                 \
+      default: break;                                                                                         \
+    }                                                                                                         \
   }
 FM_UPDATES(FM_UPDATE_ROW)
 #undef FM_FORM_CASE

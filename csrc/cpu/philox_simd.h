@@ -113,7 +113,7 @@ static void draw_block(const fm_stream *stream, int law, int64_t at, float *draw
   uint32_t words[FM_BLOCK];
   random_block(stream, at, words);
   if (law == FM_LAW_NORMAL) {
-#pragma GCC ivdep
+    FM_INDEPENDENT
     for (int i = 0; i < FM_BLOCK; i += 2) {
       const float radius = fm_normal_radius(words[i]);
       float cosine, sine;

@@ -16,7 +16,7 @@ typedef struct fm_backend {
   int32_t (*device_type)(void);
   int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for; dot
                                         * needs fm_dot_planes times as many */
-  int (*isa)(void);
+  int (*isa)(void), (*best_isa)(void);
   /* Runs an operator whose arguments are checked. `scalars` and `result` lie on the device; an update writes to
    * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */
   bool (*run)(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,

@@ -56,5 +56,6 @@ const fm_backend fm_this_backend = {
     .device_type = aoti_torch_device_type_cpu,
     .partials = partials,
     .isa = isa,
+    .best_isa = fm_best_isa,
     .run = run,
 };

@@ -192,6 +192,21 @@ static bool take_averages_of_step(fm_args *args, fm_lists *lists, fm_options *o)
   return take_averages(args, lists, o);
 }
 
+/* The lists of a base step. An empty backup stands for the parameters as they are: a step from where they are is the
+ * same pass, which reads each element before it writes it. */
+static bool take_stepped(fm_args *args, const fm_lists *lists, fm_list *list) {
+  if (args->arg[find(args, "backup")].tensors[0].numel != 0) {
+    return take_lists(args, lists, "backup", list);
+  }
+  if (!take_lists(args, lists, NULL, list)) {
+    return false;
+  }
+  for (int64_t i = 0; i < list->count; i++) {
+    list->rows[i].operand[FM_OLD] = list->rows[i].operand[FM_PARAM];
+  }
+  return true;
+}
+
 /* Runs a base step: by itself, when there is nothing to return, or with averages, when the largest quotient is. */
 static bool run_step(fm_args *args, fm_update step, fm_list *list, const fm_options *o, fm_scalars *s,
                      StableIValue *stack) {
@@ -231,7 +246,7 @@ static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
   if (o.momentum != 0.0) {
     add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
   }
-  return take_averages_of_step(args, &lists, &o) && take_lists(args, &lists, "backup", &list) &&
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
          take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
 }
 
@@ -302,7 +317,7 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
   if (o.amsgrad) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
-  if (!take_averages_of_step(args, &lists, &o) || !take_lists(args, &lists, "backup", &list) ||
+  if (!take_averages_of_step(args, &lists, &o) || !take_stepped(args, &lists, &list) ||
       !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list) ||
       !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
     return false;
@@ -326,7 +341,7 @@ static bool op_restore_lion_(fm_args *args, StableIValue *stack) {
   add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
   add_list(args, &lists, "grads", FM_GRAD, FM_READ);
   add_list(args, &lists, "exp_avgs", FM_MEAN, FM_WRITE);
-  return take_averages_of_step(args, &lists, &o) && take_lists(args, &lists, "backup", &list) &&
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
          take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_LION, &list, &o, &s, stack);
 }
 
@@ -431,6 +446,12 @@ static bool op_curvature_(fm_args *args, StableIValue *stack) {
 static bool op_isa(fm_args *args, StableIValue *stack) {
   (void)args;
   stack[0] = (fm_slot){.integer = fm_this_backend.isa()}.value;
+  return true;
+}
+
+static bool op_best_isa(fm_args *args, StableIValue *stack) {
+  (void)args;
+  stack[0] = (fm_slot){.integer = fm_this_backend.best_isa()}.value;
   return true;
 }
 

@@ -12,8 +12,8 @@ operators for loops of your own.
 from . import curvature, ops, optim, reference, sharpness
 from . import noise as noise
 from . import sam as sam
-from .optim import SAM, PerturbedOPT
+from .optim import GSAM, SAM, PerturbedOPT
 from .sharpness import PACGen, pacgen
 
-__all__ = ["SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "optim", "pacgen", "reference", "sharpness"]
+__all__ = ["GSAM", "SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "optim", "pacgen", "reference", "sharpness"]
 __version__ = "0.1.0"

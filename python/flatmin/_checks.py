@@ -69,17 +69,17 @@ def check_one_of(name: str, value: Any, known: Iterable[Any], other: str = "") -
         raise ValueError(f"{name}: {value!r} given; give {'one of ' if len(known) > 1 else ''}{names}")
 
 
-def check_radius(rho: Any, name: str = "rho") -> None:
+def check_radius(name: str, rho: Any) -> None:
     """``TypeError`` or ``ValueError`` unless ``rho`` can be a radius."""
     if isinstance(rho, Tensor):
         if rho.numel() != 1:
             raise ValueError(f"{name}: a tensor of shape {tuple(rho.shape)} given; a radius is a float or 0-dim tensor")
     elif not is_number(rho):
         raise TypeError(f"{name}: {rho!r} given; a radius is a float or a 0-dim tensor")
-    check_finite_radius(rho, name)
+    check_finite_radius(name, rho)
 
 
-def check_finite_radius(rho: float | Tensor, name: str = "rho") -> None:
+def check_finite_radius(name: str, rho: float | Tensor) -> None:
     """``ValueError`` for a number that is no radius. A tensor's value is not read: that would sync."""
     if not isinstance(rho, Tensor) and not 0.0 <= rho < math.inf:
         raise ValueError(f"{name}: {rho} given, but a radius is finite and not negative (0 switches SAM off)")

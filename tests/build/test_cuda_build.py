@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,16 +280,41 @@ def embedded(option: str) -> set[str]:
 @pytest.mark.requires("a build with nvcc")
 def test_the_library_has_code_for_every_architecture() -> None:
     """Those of a release; a developer's build, narrowed by the variable that the build reads, has those it names."""
-    real, virtual = expected_code(os.environ.get("FM_CUDA_ARCHITECTURES") or RELEASED)
+    given = os.environ.get("FM_CUDA_ARCHITECTURES") or "all"
+    real, virtual = expected_code(RELEASED if given == "all" else given)
     assert embedded("-lelf") == real
     assert embedded("-lptx") == virtual
 
 
 def test_cmake_compiles_for_the_released_architectures() -> None:
-    default = re.search(r"set\(FM_CUDA_ARCHITECTURES (.*?) CACHE", (ROOT / "CMakeLists.txt").read_text())
-    assert default is not None
-    assert default.group(1) == RELEASED
+    released = re.search(r"set\(FM_CUDA_RELEASED (.*?)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert released is not None
+    assert released.group(1) == RELEASED
     assert expected_code(RELEASED) == ({"sm_75", "sm_80", "sm_90", "sm_100", "sm_120"}, {"sm_120"})
+
+
+@pytest.mark.requires("nvcc")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("echo 9.0; echo 9.0; echo 5.2", "with the CUDA library for 90-real"),
+        ("echo 5.2", "without the CUDA library, since this nvcc does not compile for the GPU here (5.2)"),
+        ("echo NVML library version: 535.1; exit 18", "without the CUDA library, since there is no GPU here"),
+    ],
+    ids=["a GPU known", "a GPU unknown", "no driver"],
+)
+def test_a_build_is_for_the_gpu_that_is_there(answer: str, said: str, tmp_path: Path) -> None:
+    """By default. nvidia-smi is asked: here one that says what the test wants."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+    run = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"-- flatmin: {said}" in run.stdout
+    compiled = re.findall(r"code=\[?(sm_\d+)", (tmp_path / "build" / "build.ninja").read_text())
+    assert set(compiled) == ({"sm_90"} if "90-real" in said else set())
 
 
 def resources() -> Iterator[tuple[str, dict[str, int]]]:

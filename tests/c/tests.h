@@ -39,12 +39,16 @@
   X(zero_coefficients) \
   X(lion)              \
   X(not_finite)        \
+  X(digests)           \
   X(stealing)          \
   X(concurrent_stealing)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)
 #undef FM_TEST_FUNCTION
+
+/* What follows the test's name on the command line, or NULL. */
+extern const char *test_argument;
 
 /* The kernel tables that this processor runs; base comes first. */
 enum { MOST_TABLES = 3 };

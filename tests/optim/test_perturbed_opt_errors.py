@@ -180,6 +180,21 @@ def test_what_estimators_are_given_is_checked() -> None:
         PerturbedOPT(sgd([weight])).update_curvature(lambda: weight.sum())
 
 
+def test_a_missing_double_backward_names_the_way_out() -> None:
+    torch.manual_seed(0)
+    qkv = nn.Linear(4, 12)
+    opt = PerturbedOPT(sgd(qkv.parameters()), hessian="hutchinson")
+
+    def closure() -> Tensor:
+        q, k, v = qkv(torch.ones(1, 1, 5, 4)).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*hessian='gnb'.*SDPBackend.MATH.*torch says"):
+        opt.update_curvature(closure)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert opt.update_curvature(closure)
+
+
 def test_group_keys_collide_with_no_optimizer_of_torch() -> None:
     ours = {"popt_gamma", "popt_eps", "popt_scale"}
     for cls in torch_optimizers():

@@ -265,4 +265,4 @@ def digests() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"isa": torch.ops.flatmin.isa(), "digests": digests()}))
+    print(json.dumps({"isa": torch.ops.flatmin.isa(), "library": ops.__file__, "digests": digests()}))

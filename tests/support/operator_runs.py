@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
+from drawing import st
 from flatmin import ops
 from problems import LAYOUTS, Problem, fill
 
@@ -47,7 +47,7 @@ LION_OPTIONS = st.fixed_dictionaries(
 
 #: Of two lists and of three; a term of coefficient 0 is left out.
 COEFFICIENTS = st.sampled_from([(0.5, -2.0), (1.0, 1.0, -1.0), (0.0, 0.75, 3.0), (-1.5, 0.0, 0.0)])
-BASES = ("sgd", "adam", "lion")
+FUSED_BASES = ("sgd", "adam", "lion")
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:

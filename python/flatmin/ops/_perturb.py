@@ -60,7 +60,7 @@ def sam_ascend_(
     If ``rho`` is 0, or ``norm`` or the scale is not finite, the weights keep their bits; they are backed up all the
     same.
     """
-    check_finite_radius(rho)
+    check_finite_radius("rho", rho)
     if not params:
         return
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)
@@ -89,7 +89,7 @@ def sam_norm_ascend_(
     Returns:
         The norm: float64 0-dim tensor on the device of ``params``.
     """
-    check_finite_radius(rho)
+    check_finite_radius("rho", rho)
     if not params:
         return torch.zeros((), dtype=torch.float64)
     ascent = _ascent(params[0].device, rho, key, q, adaptive, eta, eps)

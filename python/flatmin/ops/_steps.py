@@ -115,6 +115,7 @@ def restore_sgd_(
     followed by ``SGD.step()`` on machines with fused multiply-add.
 
     Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -165,6 +166,7 @@ def restore_adam_(
     torch itself gives other bits in its foreach, fused and single-tensor forms.
 
     Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -211,6 +213,7 @@ def restore_lion_(
     ``exp_avgs``, as :class:`flatmin.optim.Lion` has it.
 
     Args:
+        backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:

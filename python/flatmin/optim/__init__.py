@@ -3,6 +3,6 @@ them that torch does not have."""
 
 from .lion import Lion
 from .perturbed_opt import PerturbedOPT
-from .sam import SAM
+from .sam import GSAM, SAM
 
-__all__ = ["SAM", "Lion", "PerturbedOPT"]
+__all__ = ["GSAM", "SAM", "Lion", "PerturbedOPT"]

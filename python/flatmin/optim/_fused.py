@@ -1,4 +1,5 @@
-"""Restore and base step in one pass over memory, where the base is exactly torch's SGD, Adam or AdamW, or Lion.
+"""Restore and base step, or that step alone, in one pass over memory, where the base is exactly torch's SGD, Adam or
+AdamW, or Lion.
 
 Anything that this would not reproduce to the letter, such as a hook on the base, a tensor learning rate or a
 parameter that lost its gradient in the second pass, is left to ``restore_`` followed by ``base.step()``.
@@ -22,10 +23,10 @@ from ._buckets import Bucket, with_gradient
 from ._wrapper import has_step_hooks
 from .lion import Lion
 
-__all__ = ["restore_and_step"]
+__all__ = ["has_bits_of_base", "might_fit", "restore_and_step"]
 
 _Plan = Callable[[], None]
-_dtype, _grad, _is_cpu = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_cpu")
+_dtype, _grad, _is_cpu, _layout = map(attrgetter, ("dtype", "grad", "is_cpu", "layout"))
 
 #: Group flags that ask torch for one particular implementation.
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
@@ -33,9 +34,9 @@ _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit."""
-    plan_of = _PLANS.get(type(base))
-    if plan_of is None or not _step_is_plain(base):
+    if not might_fit(base):
         return False
+    plan_of = _PLANS[type(base)]
     of_group: dict[int, list[Bucket]] = {}
     for bucket in buckets:
         of_group.setdefault(bucket.group, []).append(bucket)
@@ -57,6 +58,16 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     return True
 
 
+def might_fit(base: Optimizer) -> bool:
+    """Whether there is a pass for the base, whatever its groups say."""
+    return type(base) in _PLANS and _step_is_plain(base)
+
+
+def has_bits_of_base(base: Optimizer) -> bool:
+    """Whether the pass gives torch's own bits. Adam's differ in torch from one of its implementations to the next."""
+    return type(base) in (SGD, Lion)
+
+
 def _step_is_plain(base: Optimizer) -> bool:
     """Whether ``base.step()`` would run torch's own code alone. A scheduler's wrapper only sets ``_opt_called``."""
     patched = base.__dict__.get("step")
@@ -65,11 +76,13 @@ def _step_is_plain(base: Optimizer) -> bool:
 
 def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucket, list[Tensor]]] | None:
     """The gradients of each of the ``buckets``; None unless the group has no others, and nothing asks for torch's own
-    step. The operator itself refuses a gradient that turned sparse since the ascent."""
+    step."""
     params, grads = with_gradient(group["params"])
     if not buckets:
         return None if params else []
     if any(group.get(flag) for flag in _IMPLEMENTATIONS) or not all(map(_fits, buckets)):
+        return None
+    if not set(map(_layout, grads)) <= {torch.strided}:
         return None
     if len(buckets) == 1:
         known = buckets[0].params
@@ -83,8 +96,7 @@ def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucke
 
 
 def _fits(bucket: Bucket) -> bool:
-    known = bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
-    return known and bucket.moved
+    return bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
 
 
 def _are_numbers(*values: Any) -> bool:

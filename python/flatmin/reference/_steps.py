@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._curvature import SQUARE, curvature_
-from ._memory import arithmetic_type, as_real, wide_type
+from ._memory import arithmetic_type, as_real, backup_nbytes, backup_views, memory_order, wide_type
 from ._perturb import restore_
 
 __all__ = ["restore_adam_", "restore_adam_curvature_", "restore_lion_", "restore_sgd_", "restore_sgd_curvature_"]
@@ -36,6 +36,18 @@ def _averages(
     return curvature_(curvatures, grads, lipschitz, params, backup, key, corrections, *options)
 
 
+def _start(params: Sequence[Tensor], backup: Tensor, keep: bool) -> Tensor:
+    """Bring the weights to where the step starts; with an empty backup they are there. Returns a backup of them if they
+    are to be kept."""
+    if backup.numel():
+        restore_(params, backup)
+    elif keep:
+        backup = torch.empty(backup_nbytes(params), dtype=torch.uint8, device=params[0].device)
+        for p, old in zip(params, backup_views(params, backup), strict=True):
+            old.copy_(memory_order(p))
+    return backup
+
+
 def restore_sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -58,7 +70,7 @@ def restore_sgd_(
     """``w <- backup``, then one step of :class:`torch.optim.SGD`. No buffers are given if ``momentum`` is 0.
 
     Then :func:`curvature_` of the squared gradients, if there are ``curvatures``; returns the largest quotient."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         w = p.to(torch.promote_types(arithmetic_type(p), p.dtype))
         g = grads[i].to(w.dtype)
@@ -99,7 +111,7 @@ def restore_adam_(
     """``w <- backup``, then one step of :class:`torch.optim.Adam`, or of AdamW if ``decoupled``.
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         steps[i].add_(1)
         step = steps[i].to(device=p.device, dtype=wide_type(p))
@@ -146,7 +158,7 @@ def restore_lion_(
     """``w <- backup``, then one step of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
-    restore_(params, backup)
+    backup = _start(params, backup, bool(curvatures))
     for i, p in enumerate(params):
         real = arithmetic_type(p)
         w, g, m = as_real(p).to(real), as_real(grads[i]).to(real), as_real(exp_avgs[i])

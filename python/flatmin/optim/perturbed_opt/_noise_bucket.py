@@ -110,6 +110,9 @@ class NoiseBucket(Bucket):
         self._key = (seed, draw, stream), key
         return key
 
+    def forget_key(self) -> None:
+        self._key = None
+
     def draws(self) -> int | None:
         """How many draws the device has made; None if it made none. The host waits for it."""
         return None if self._key is None else int(self._key[1].view(torch.int32)[2]) % 2**32 + 1
@@ -146,7 +149,7 @@ class NoiseBucket(Bucket):
         self.largest = operator(
             self.params,
             *lists,
-            self.backup,
+            self.backup_to_step_from(),
             lr,
             **options,
             curvatures=self.curvatures,
