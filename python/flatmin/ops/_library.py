@@ -1,6 +1,6 @@
 """Loads the operator library into torch, asks torch what is in it, and gives every operator its shape function.
 
-The one list of operators with their schemas is in csrc/torch/operators.c. A new one needs a line here only if it
+The one list of operators with their schemas is csrc/torch/schemas.h. A new one needs a line here only if it
 returns something: its shape, in :data:`_RESULTS`.
 """
 
