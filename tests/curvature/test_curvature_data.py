@@ -561,6 +561,17 @@ def test_classes_that_may_be_in_either_dimension_are_asked_for() -> None:
         assert (stderr[0] < 0.2 * expected).all()
 
 
+def test_pacgen_is_told_where_the_classes_are() -> None:
+    model, data = Tokens(), tokens()
+    options: dict[str, Any] = {"lipschitz": 1.0, "noise_samples": 0}
+    with pytest.raises(ValueError, match=r"class_dim: needed.*functools.partial\(gnb_diag, class_dim="):
+        flatmin.pacgen(model, over_the_last, data, curvature="gnb", **options)
+    told = functools.partial(curvature.gnb_diag, class_dim=-1, samples=3)
+    found = flatmin.pacgen(model, over_the_last, data, curvature=told, **options)
+    assert same_bits(found.curvature, told(model, over_the_last, data).value)
+    assert found.psi_stderr is not None
+
+
 @pytest.mark.parametrize(
     "loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(), functools.partial(F.cross_entropy, label_smoothing=0.1)]
 )

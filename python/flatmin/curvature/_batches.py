@@ -13,7 +13,7 @@ from .._rng import OwnGenerators
 from ._arguments import describe
 from ._containers import fingerprint, first_dimensions, same_prints, to_device
 
-__all__ = ["Batches", "Source"]
+__all__ = ["Batches", "Source", "iterable"]
 
 #: ``forward(model, batch)`` gives what the loss takes: outputs and targets.
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -54,7 +54,7 @@ class Batches:
         self.data, self.forward, self.size = data, forward, size
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(_iterable(self.data, self.forward))
+        return iter(iterable(self.data, self.forward))
 
 
 class Source:
@@ -74,7 +74,7 @@ class Source:
     def __init__(self, data: Any) -> None:
         self.given = data
         self.batches = data if isinstance(data, Batches) else Batches(data)
-        self._data = _iterable(self.batches.data, self.batches.forward)
+        self._data = iterable(self.batches.data, self.batches.forward)
         self.length = _length(self._data)
         self._first: list[list[Any]] = []
         self._count: int | None = None
@@ -167,7 +167,8 @@ def _is_one_batch(data: Any, forward: Forward | None) -> bool:
     return isinstance(data[0], Tensor | Mapping) or isinstance(data[1], Tensor | Mapping)
 
 
-def _iterable(data: Any, forward: Forward | None) -> Any:
+def iterable(data: Any, forward: Forward | None = None) -> Any:
+    """``data`` as something that gives batches, one batch as a list of it; ``TypeError`` for anything else."""
     if _is_one_batch(data, forward):
         return [data]
     if isinstance(data, Tensor) or not hasattr(data, "__iter__"):

@@ -7,17 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _double_backward
 from .._double_backward import explained_double_backward
 
-__all__ = ["batch_hvp", "gradient", "second"]
+__all__ = ["batch_hvp", "gradient", "refuse_once_differentiable", "second"]
 
-_ADVICE = "Give method='finite_difference' (hvp, hutchinson_diag, hutchinson_trace, lipschitz and pacgen take it)"
+_ADVICE = (
+    "Give method='finite_difference' (every function of flatmin.curvature that takes a method, and pacgen, has it)"
+)
 
 
 def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
     """Of a batch; None for parameters that the loss does not use."""
     if not loss.requires_grad:
         return [None] * len(params)
+    if create_graph:
+        refuse_once_differentiable(loss)
     return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
 
 
@@ -29,6 +34,11 @@ def second(
         return list(
             torch.autograd.grad(grads, list(params), list(vectors), retain_graph=retain_graph, allow_unused=True)
         )
+
+
+def refuse_once_differentiable(result: Tensor) -> None:
+    """``RuntimeError`` that names the way out if ``result`` has no second derivative and torch would not say so."""
+    _double_backward.refuse_once_differentiable(result, _ADVICE)
 
 
 def batch_hvp(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:

@@ -79,7 +79,8 @@ class LabelSampler:
             return 1
         raise ValueError(
             f"class_dim: needed, for {shapes[0]} fit {shapes[1]} with the classes in dimension 1 and in the last one; "
-            "give the dimension over which the loss takes its softmax"
+            "give the dimension over which the loss takes its softmax (where gnb_diag is part of another measurement: "
+            "curvature=functools.partial(gnb_diag, class_dim=...))"
         )
 
 

@@ -14,7 +14,7 @@ from .. import ops
 from .._rng import Generators
 from ._arguments import check_params, check_tensors, describe, names_of, refuse_not_finite
 from ._batches import Source
-from ._derivatives import batch_hvp, gradient, second
+from ._derivatives import batch_hvp, gradient, refuse_once_differentiable, second
 from ._progress import ProgressBar
 
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "LossFn",
     "Measurement",
     "Part",
+    "batch_hvp",
     "check_tensors",
     "gradient",
     "names_of",
     "refuse_not_finite",
+    "refuse_once_differentiable",
     "second",
 ]
 
@@ -131,6 +133,10 @@ class Measurement:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
+    def note(self, text: str) -> None:
+        """Show ``text`` beside the progress bar."""
+        self._bar.note(text)
+
     # -- passes over the data --------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[Any, Any, int]]:
@@ -150,7 +156,11 @@ class Measurement:
 
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """Mean loss of a batch, 0-dim."""
-        loss = self.loss_fn(*self.outputs(inputs, targets))
+        return self.loss_of(*self.outputs(inputs, targets))
+
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        """The same, of what the model has returned."""
+        loss = self.loss_fn(outputs, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss_fn: returned a {describe(loss)}; return the mean loss of the batch, one number")
         return loss.reshape(())

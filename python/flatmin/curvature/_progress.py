@@ -33,6 +33,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update()
 
+    def note(self, text: str) -> None:
+        """Show ``text`` beside it."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

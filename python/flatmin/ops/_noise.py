@@ -71,8 +71,8 @@ def scaled_noise_(
         key: from :func:`random_key`. The noise is drawn in registers and never stored.
         law: of ``xi``: "uniform" on (-1, 1); "normal"; "truncated_normal", the normal law of ``sigma_i xi_i`` cut at
             ``N_i`` (at ``sigma_i`` where the size is not from curvatures); "rademacher", +1 or -1.
-        scale: float or 0-dim tensor; >= 0 with ``curvatures``; 0 moves nothing. The negative of a scale gives the other
-            side of ``w``, as central differences need it.
+        scale: float or 0-dim tensor; 0 moves nothing. With ``curvatures`` it is >= 0 and has the unit sqrt(loss). Else
+            it has none, and its negative gives the other side of ``w``, as central differences need it.
         gamma, eps: >= 0; the neighbourhood ``N_i``.
         curvatures: like ``params``, of their types or float32.
         sizes: like ``params``, of their types or float32; any strides, overlapping ones too.

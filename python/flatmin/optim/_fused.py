@@ -99,6 +99,11 @@ def _fits(bucket: Bucket) -> bool:
     return bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
 
 
+def _are_of_types(bucket: Bucket, states: list[Tensor]) -> bool:
+    """Whether the operators take a list of the base's state: it has another type once the model was converted."""
+    return set(map(_dtype, states)) <= {bucket.dtype, torch.float32}
+
+
 def _are_numbers(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
@@ -126,6 +131,8 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
         return partial(bucket.restore_and_step, ops.restore_sgd_, grads, [], lr=lr, **options)
     old: list[Any] = [state.get("momentum_buffer") if state else None for state in _states(base, bucket.params)]
     if all(map(is_not, old, repeat(None))):
+        if not _are_of_types(bucket, old):
+            return None
         return partial(bucket.restore_and_step, ops.restore_sgd_, grads, old, lr=lr, **options)
     if all(map(is_, old, repeat(None))):
         return partial(_first_sgd_step, base, bucket, grads, lr, options)
@@ -147,6 +154,8 @@ def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
     known = _states(base, bucket.params)
     states = [state or _new_adam_state(p, amsgrad) for p, state in zip(bucket.params, known, strict=True)]
     if amsgrad and not all("max_exp_avg_sq" in state for state in states):
+        return None
+    if not _are_of_types(bucket, [state["exp_avg"] for state in states]):
         return None
     steps = [state["step"] for state in states]
     if set(map(_dtype, steps)) != {torch.float32} or not all(map(_is_cpu, steps)):
@@ -200,6 +209,8 @@ def _plan_lion(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
         return None
     known = _states(base, bucket.params)
     states = [state or {"exp_avg": torch.zeros_like(p)} for p, state in zip(bucket.params, known, strict=True)]
+    if not _are_of_types(bucket, [state["exp_avg"] for state in states]):
+        return None
     options = {
         "beta1": betas[0],
         "beta2": betas[1],

@@ -87,11 +87,13 @@ class PerturbedOPT(Perturbing):
             estimate of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
         gamma, eps: the neighbourhood ``N``, >= 0. Per group: ``popt_gamma``, ``popt_eps``. Without noise (both 0, or
             ``scale`` 0) a group is left to the base, to the last bit.
-        scale: >= 0, ``1 / sqrt(eta)`` of the PAC-Bayes bound. Per group: ``popt_scale``.
+        scale: >= 0, in units of sqrt(loss). The PAC-Bayes bound at the temperature ``eta`` (1 / loss) is smallest for
+            ``sqrt(3 / eta)`` with uniform noise and ``1 / sqrt(eta)`` with truncated normal noise, both with ``rho
+            sqrt(m) / 3`` for rho, m the number of weights. Per group: ``popt_scale``.
         beta1: decay of ``h``.
         beta2: decay of ``rho``.
-        lipschitz: Hessian-Lipschitz constant ``rho``. "global": the largest quotient; "element": one for each weight;
-            or a constant >= 0.
+        lipschitz: Hessian-Lipschitz constant ``rho``, in units of loss / weight^3. "global": the largest quotient;
+            "element": one for each weight; or a constant >= 0.
         min_step: weights that moved by no more have no quotient. The default is the rounding unit of a float32 weight
             of 0.1: quotients of smaller steps are of rounding errors, and the global constant is their maximum.
         schedule: ``decay(T)`` of the epoch ``T``, see :attr:`epoch`. None is 1, "log" is ``1 / log(e - 1 + T)``, a
@@ -290,7 +292,8 @@ class PerturbedOPT(Perturbing):
     def _count_step(self) -> None:
         noise = self._set
         noise.steps += 1
-        if not self._warned and noise.settings.curved and not noise.states and noise.steps >= self._start + 2:
+        waits = noise.settings.curved and not noise.settings.fed_by_steps and not noise.states
+        if waits and not self._warned and noise.steps >= self._start + 2 and any(map(can_move, self._groups())):
             self._warned = True
             hessian = noise.settings.hessian
             advice = (
