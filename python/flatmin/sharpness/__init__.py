@@ -1,6 +1,7 @@
 """How flat a minimum is: the loss in the neighbourhood of the weights, and what it says of unseen data."""
 
 from ._expected import expected_sharpness
+from ._m_sharpness import MSharpness, m_sharpness
 from ._pacgen import PACGen, pacgen
 
-__all__ = ["PACGen", "expected_sharpness", "pacgen"]
+__all__ = ["MSharpness", "PACGen", "expected_sharpness", "m_sharpness", "pacgen"]
