@@ -15,7 +15,7 @@ def test_noise_by_filter_and_by_tensor() -> None:
     a, w = [1.0, 4.0, 2.0, 0.5], [0.3, -0.4, 1.2, 0.5]
     net = Quadratic(a, w)
     net.a, net.w = net.a.view(2, 2), torch.nn.Parameter(net.w.detach().view(2, 2))
-    options = {"scale": 3.0, "law": "rademacher", "samples": 500}
+    options = {"scale": 3.0, "distribution": "rademacher", "samples": 500}
     filters = expected_sharpness(net, mean_output, nothing(), sizes="filter", **options)  # type: ignore[arg-type]
     tensors = expected_sharpness(net, mean_output, nothing(), sizes="tensor", **options)  # type: ignore[arg-type]
     by_filter = 4.5 * (5.0 * 0.25 + 2.5 * 1.69)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_int, check_size
+from ..curvature._arguments import check_seed
 from ..curvature._measurement import LossFn, Measurement
 from ._passes import DIRECTIONS, STARTS, loss_and_gradient, shift
 
@@ -76,6 +77,7 @@ def keskar(
         raise ValueError("eps: 0 given; give the size of the box, 1e-3 as in the paper")
     check_int("iterations", iterations, 1)
     check_int("restarts", restarts, 1)
+    check_seed(seed)
     if dim is not None:
         check_int("dim", dim, 1)
     try:

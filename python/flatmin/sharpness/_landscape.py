@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of
+from ..curvature._arguments import check_seed
 from ..curvature._measurement import LossFn, Measurement, check_tensors, refuse_not_finite
 from ._directions import random_direction, spanned, towards
 from ._landscape_result import Landscape
@@ -62,6 +63,7 @@ def line(
         seed: of a random direction.
     """
     check_int("points", points, 2)
+    check_seed(seed)
     if to is not None and direction is not None:
         raise ValueError("to and direction: both given; the line goes to a solution or along a direction")
     scored = Scored(loss_fn)
@@ -114,6 +116,7 @@ def plane(
         raise ValueError(f"points: {points!r} given; give an integer, or two")
     for count in counts:
         check_int("points", count, 2)
+    check_seed(seed)
     if directions is not None and solutions is not None:
         raise ValueError("directions and solutions: both given; a plane is spanned by one of them")
     for name, given in (("directions", directions), ("solutions", solutions)):

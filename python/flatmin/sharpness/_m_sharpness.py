@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of, check_size
+from ..curvature._arguments import check_seed
 from ..curvature._measurement import LossFn, Measurement
 from ._ball import ADAPTIVE, Ball
 from ._passes import check_p, groups, loss_and_gradient, loss_of, replayed
@@ -84,6 +85,7 @@ def m_sharpness(
     check_size("eta", eta)
     check_int("steps", steps, 1)
     check_int("restarts", restarts, 1)
+    check_seed(seed)
     for name, count in (("m", m), ("max_groups", max_groups)):
         if count is not None:
             check_int(name, count, 1)
