@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import q4
+
 Pair = tuple[Tensor, Tensor]
 
 
 class Q4(nn.Module):
-    """Four samples, four weights in two tensors of one filter each; the loss of a sample is
-    ``(x.w - y)^2 / 2 + sum(w_i^4) / 4``."""
+    """The problem of :mod:`q4` as a model: outputs are ``x . w`` and the part of the loss that has no x."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.tensor([[1.0, -0.5]], dtype=torch.float64))
-        self.v = nn.Parameter(torch.tensor([[0.25, 0.125]], dtype=torch.float64))
+        self.u, self.v = q4.weights()
 
     def forward(self, x: Tensor) -> Tensor:
         w = torch.cat([self.u, self.v], dim=1)[0]
@@ -27,8 +27,7 @@ def q4_loss(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def q4_data() -> Pair:
-    x = [[1, 0, 0.5, -1], [0.5, 1, 0, 0.25], [-1, 0.5, 1, 0], [0, -0.25, 0.5, 1]]
-    return torch.tensor(x, dtype=torch.float64), torch.tensor([0.5, -1, 0.25, 1], dtype=torch.float64)
+    return q4.X, q4.Y
 
 
 class Quadratic(nn.Module):

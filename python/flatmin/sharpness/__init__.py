@@ -7,12 +7,17 @@ from ._landscape import line, plane
 from ._landscape_result import Landscape
 from ._m_sharpness import MSharpness, m_sharpness
 from ._pacgen import PACGen, pacgen
+from ._report import report
+from ._report_result import Comparison, Report, compare
 
 __all__ = [
+    "Comparison",
     "Keskar",
     "Landscape",
     "MSharpness",
     "PACGen",
+    "Report",
+    "compare",
     "expected_sharpness",
     "filter_normalised",
     "keskar",
@@ -20,4 +25,5 @@ __all__ = [
     "m_sharpness",
     "pacgen",
     "plane",
+    "report",
 ]

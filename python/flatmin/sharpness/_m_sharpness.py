@@ -14,7 +14,7 @@ from ..curvature._measurement import LossFn, Measurement
 from ._ball import ADAPTIVE, Ball
 from ._passes import check_p, groups, loss_and_gradient, loss_of, replayed
 
-__all__ = ["MSharpness", "m_sharpness"]
+__all__ = ["MSharpness", "m_sharpness", "mean_over_groups"]
 
 
 class MSharpness(NamedTuple):
@@ -104,7 +104,7 @@ def m_sharpness(
                 sizes.append(sum(size for _, _, size in pieces))
                 if len(rises) == max_groups:
                     break
-        value, stderr = _weighted(rises, sizes)
+        value, stderr = mean_over_groups(rises, sizes)
         return MSharpness(value, stderr, tuple(rises), tuple(sizes))
 
 
@@ -153,7 +153,7 @@ def _ascend(
     return best
 
 
-def _weighted(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+def mean_over_groups(values: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
     """Mean by size and its standard error, which for equal sizes is the usual one."""
     total = sum(sizes)
     shares = [size / total for size in sizes]
