@@ -79,9 +79,8 @@ def run(args: argparse.Namespace) -> None:
     sides.plot(args.out / "compare.png")
     between = sharpness.line(models["SGD"], F.cross_entropy, batches, models["SAM"].state_dict())
     between.plot(args.out / "line.png")
-    around = sharpness.plane(
-        models["SAM"], F.cross_entropy, batches, points=args.points, path=args.out / "plane.json", seed=args.seed
-    )
+    around = sharpness.plane(models["SAM"], F.cross_entropy, batches, points=args.points, seed=args.seed)
+    around.save(args.out / "plane.json")
     around.plot(args.out / "plane.png")
     around.plot(args.out / "surface.png", kind="surface")
     print(f"\nfigures in {args.out}")
