@@ -4,16 +4,30 @@
 
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
 
-:class:`SAM` and :class:`PerturbedOPT` wrap any torch optimizer (:mod:`flatmin.optim`); :func:`pacgen`,
-:mod:`flatmin.sharpness` and :mod:`flatmin.curvature` measure how flat a minimum is; :mod:`flatmin.ops` holds the
-operators for loops of your own.
+:class:`SAM` and :class:`PerturbedOPT` wrap any torch optimizer (:mod:`flatmin.optim`); :func:`report`
+measures how flat a minimum is in one call, :func:`pacgen`, :mod:`flatmin.sharpness` and :mod:`flatmin.curvature` each
+in its part; :mod:`flatmin.ops` holds the operators for loops of your own.
 """
 
 from . import curvature, ops, optim, reference, sharpness
 from . import noise as noise
 from . import sam as sam
 from .optim import GSAM, SAM, PerturbedOPT
-from .sharpness import PACGen, pacgen
+from .sharpness import PACGen, Report, compare, pacgen, report
 
-__all__ = ["GSAM", "SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "optim", "pacgen", "reference", "sharpness"]
+__all__ = [
+    "GSAM",
+    "SAM",
+    "PACGen",
+    "PerturbedOPT",
+    "Report",
+    "compare",
+    "curvature",
+    "ops",
+    "optim",
+    "pacgen",
+    "reference",
+    "report",
+    "sharpness",
+]
 __version__ = "0.1.0"
