@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from flatmin import curvature
 from flatmin.curvature._basis import Basis
-from timing import BUSY_LOAD, environment, print_environment, print_targets, target
+from timing import BUSY_LOAD, environment, print_environment
 
 FLATMIN, PYHESSIAN, CURVLINOPS = "flatmin", "PyHessian", "curvlinops"
 K, TOL = 5, 1e-3
@@ -313,6 +313,16 @@ def measure_memory(what: str, net: nn.Module, data: Batches) -> int:
 # ---- the report ----
 
 
+def target(what: str, measured: float, required: float, met: bool) -> dict[str, Any]:
+    return {"what": what, "measured": measured, "required": required, "met": met}
+
+
+def print_targets(targets: list[dict[str, Any]]) -> None:
+    for each in targets:
+        verdict = "met" if each["met"] else "NOT met"
+        print(f"  {each['what']}: {each['measured']:.2f} (required {each['required']:.2f}): {verdict}")
+
+
 def targets_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows, density = report["eigenvalues"], report["density"]
     clock = "cpu_seconds" if report["environment"]["load"] > BUSY_LOAD else "seconds"
@@ -388,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.training_steps = 0
         print(measure_memory(args.memory_of, *problem(args)))
         return
-    report: dict[str, Any] = {"environment": environment(args.threads, args.rounds), "peers": installed()[1:]}
+    report: dict[str, Any] = {"environment": environment(args.threads, args.rounds, 1), "peers": installed()[1:]}
     print_environment(report["environment"])
     net, data = problem(args)
     parameters = sum(p.numel() for p in net.parameters())

@@ -341,7 +341,7 @@ class _Run:
                 return False
             if self.broken:
                 least = float(key.sort(descending=True).values[self.k - 1])
-                if not self.breakdowns or float(key[top]) > least + self.floor * self.scale:
+                if float(key[top]) > least + self.floor * self.scale:
                     return False
         return True
 
