@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_one_of
-
-if TYPE_CHECKING:
-    from ._landscape_result import Landscape
+from ._landscape_grid import Grid
 
 __all__ = ["draw", "figure_class"]
 
@@ -27,7 +25,7 @@ def figure_class(of: str) -> Any:
         raise ImportError(f"{of} draws with matplotlib: pip install matplotlib") from error
 
 
-def draw(found: Landscape, path: Any, kind: str, log: bool | None) -> Any:
+def draw(found: Grid, path: Any, kind: str, log: bool | None) -> Any:
     """See :meth:`Landscape.plot`."""
     check_one_of("kind", kind, ("contour", "surface"))
     new = figure_class("plot()")
@@ -56,7 +54,7 @@ def draw(found: Landscape, path: Any, kind: str, log: bool | None) -> Any:
     return figure
 
 
-def _line(axis: Any, found: Landscape, log: bool) -> None:
+def _line(axis: Any, found: Grid, log: bool) -> None:
     x, loss, accuracy = found.axes[0], found.loss, found.accuracy
     axis.plot(x, loss.tolist(), color=_BLUE, marker="o", markersize=3, label="loss")
     axis.set_xlabel(found.labels[0])
@@ -76,7 +74,7 @@ def _line(axis: Any, found: Landscape, log: bool) -> None:
     axis.set_title("Loss along a line" + _note(found), fontsize=11)
 
 
-def _note(found: Landscape) -> str:
+def _note(found: Grid) -> str:
     return ", BatchNorm's statistics recomputed" if found.batch_norm == "recompute" else ""
 
 
@@ -86,7 +84,7 @@ def _masked(z: Tensor) -> Any:
     return numpy.ma.masked_invalid(z.T.numpy())
 
 
-def _contour(figure: Any, axis: Any, found: Landscape, z: Tensor, label: str, log: bool) -> None:
+def _contour(figure: Any, axis: Any, found: Grid, z: Tensor, label: str, log: bool) -> None:
     values = _masked(z)
     low, high = float(values.min()), float(values.max())
     options: dict[str, Any] = {"cmap": "viridis"}
@@ -116,7 +114,7 @@ def _contour(figure: Any, axis: Any, found: Landscape, z: Tensor, label: str, lo
     axis.set_title(label.split(" /")[0].capitalize() + " over a plane" + _note(found), fontsize=11)
 
 
-def _surface(figure: Any, found: Landscape, loss: Tensor, log: bool) -> None:
+def _surface(figure: Any, found: Grid, loss: Tensor, log: bool) -> None:
     numpy = importlib.import_module("numpy")
     axis = figure.add_subplot(projection="3d")
     x, y = numpy.meshgrid(*found.axes)

@@ -1,24 +1,21 @@
-"""The values of a landscape: a file that grows with them, and figures."""
+"""A landscape: values, a file that grows with them, and figures."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import _landscape_figure as _figure
+from ._landscape_grid import Grid
 
 __all__ = ["Landscape"]
 
 
 @dataclass(eq=False)
-class Landscape:
+class Landscape(Grid):
     """The loss along a line or over a plane through the weights, found by :func:`line` and :func:`plane`.
 
     Attributes:
@@ -31,34 +28,6 @@ class Landscape:
         batch_norm: "keep" or "recompute".
         identity: digest of weights and directions, by which a file knows whether it can be continued.
     """
-
-    axes: tuple[tuple[float, ...], ...] = field(repr=False)
-    labels: tuple[str, ...]
-    values: list[tuple[float, float | None] | None] = field(repr=False)
-    marks: dict[str, tuple[float, ...]]
-    batch_norm: str
-    identity: str = field(repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Points along each axis."""
-        return tuple(map(len, self.axes))
-
-    @property
-    def loss(self) -> Tensor:
-        """float64 of shape :attr:`shape`; NaN where it is not evaluated."""
-        return torch.tensor([math.nan if v is None else v[0] for v in self.values], dtype=torch.float64).view(
-            self.shape
-        )
-
-    @property
-    def accuracy(self) -> Tensor | None:
-        """float64 of shape :attr:`shape`, in [0, 1]; None where it is not known."""
-        known = [v[1] for v in self.values if v is not None]
-        if not known or None in known:
-            return None
-        filled = [math.nan if v is None else v[1] for v in self.values]
-        return torch.tensor(filled, dtype=torch.float64).view(self.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON. An interrupted write leaves the old file."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._landscape_figure import figure_class
-
-if TYPE_CHECKING:
-    from ._report_result import Comparison, Report
+from ._report_numbers import Numbers, Pair
 
 __all__ = ["draw", "draw_comparison"]
 
@@ -16,7 +14,7 @@ _BLUE, _ORANGE, _PALE, _YELLOW, _INK = "#33658a", "#f26419", "#86bbd8", "#f6ae2d
 _ERROR = {"fmt": "none", "ecolor": "black", "capsize": 4, "linewidth": 1.0}
 
 
-def draw(found: Report, path: Any) -> Any:
+def draw(found: Numbers, path: Any) -> Any:
     """See :meth:`Report.plot`."""
     figure = figure_class("plot()")(figsize=(13.5, 7.6), dpi=150, layout="constrained")
     axes = figure.subplots(2, 3)
@@ -42,7 +40,7 @@ def _bars(axis: Any, names: list[str], values: list[float], errors: list[float |
     axis.axhline(0.0, color=_INK, linewidth=0.8)
 
 
-def _fit(axis: Any, found: Report) -> None:
+def _fit(axis: Any, found: Numbers) -> None:
     keys = [key for key in ("train_loss", "test_loss") if key in found]
     _bars(axis, [key.split("_")[0] for key in keys], [found[k].value for k in keys], [None] * 2, [_BLUE, _ORANGE])
     axis.set_xlim(-0.6, len(keys) - 0.4)
@@ -54,7 +52,7 @@ def _fit(axis: Any, found: Report) -> None:
 _ACCURACIES = ("train_accuracy", "test_accuracy")
 
 
-def _top(axis: Any, found: Report) -> None:
+def _top(axis: Any, found: Numbers) -> None:
     top = found.eigenvalues
     at = range(1, len(top.values) + 1)
     axis.bar(at, top.values, color=[_BLUE if done else _PALE for done in top.converged], width=0.55)
@@ -65,12 +63,12 @@ def _top(axis: Any, found: Report) -> None:
     axis.set_title(rf"Largest eigenvalues, $\lambda_1$ = {top.values[0]:.4g}", fontsize=11)
 
 
-def _density(axis: Any, found: Report) -> None:
+def _density(axis: Any, found: Numbers) -> None:
     _curve(axis, found, _BLUE, None)
     axis.set_title(f"Spectrum, trace {found['trace'].value:.4g}", fontsize=11)
 
 
-def _curve(axis: Any, found: Report, colour: str, label: str | None) -> None:
+def _curve(axis: Any, found: Numbers, colour: str, label: str | None) -> None:
     at, value, _ = (x.tolist() for x in found.density.on_grid())
     axis.plot(at, value, color=colour, linewidth=1.4, label=label)
     axis.set_yscale("log")
@@ -81,13 +79,13 @@ def _curve(axis: Any, found: Report, colour: str, label: str | None) -> None:
     axis.set_ylabel("density / (weight$^2$ / loss)")
 
 
-def _groups(axis: Any, found: Report) -> None:
+def _groups(axis: Any, found: Numbers) -> None:
     _over_m(axis, found, _BLUE, None)
     adaptive = ", adaptive" if found.settings["adaptive"] else ""
     axis.set_title(f"m-sharpness at radius {found.settings['rho']:g}{adaptive}", fontsize=11)
 
 
-def _over_m(axis: Any, found: Report, colour: str, label: str | None) -> None:
+def _over_m(axis: Any, found: Numbers, colour: str, label: str | None) -> None:
     points = sorted((found.samples if m is None else m, s.value, s.stderr) for m, s in found.m_sharpness.items())
     m, values, errors = zip(*points, strict=True)
     bars = [0.0 if math.isnan(e) else e for e in errors]
@@ -100,7 +98,7 @@ def _over_m(axis: Any, found: Report, colour: str, label: str | None) -> None:
     axis.set_ylabel("rise of the loss / units of loss_fn")
 
 
-def _expected(axis: Any, found: Report) -> None:
+def _expected(axis: Any, found: Numbers) -> None:
     rows = [found[key] for key in ("expected_sharpness", "expected_relative_sharpness")]
     names = [f"size {found.settings['scale']:g}", f"size {found.settings['relative_scale']:g} |w|"]
     _bars(axis, names, [r.value for r in rows], [r.error for r in rows], [_BLUE, _PALE])
@@ -110,7 +108,7 @@ def _expected(axis: Any, found: Report) -> None:
     axis.set_title("Expected sharpness", fontsize=11)
 
 
-def _bound(axis: Any, found: Report) -> None:
+def _bound(axis: Any, found: Numbers) -> None:
     laws = {"uniform": found.pacgen.uniform, "truncated\nnormal": found.pacgen.truncated_normal}
     parts = {
         "training loss": [b.loss for b in laws.values()],
@@ -131,7 +129,7 @@ def _bound(axis: Any, found: Report) -> None:
     axis.set_title(rf"PACGen: $\Psi$ = {found.pacgen.psi:,.5g} nats", fontsize=11)
 
 
-def draw_comparison(found: Comparison, path: Any) -> Any:
+def draw_comparison(found: Pair, path: Any) -> Any:
     """See :meth:`Comparison.plot`."""
     figure = figure_class("plot()")(figsize=(14.5, 5.2), dpi=150, layout="constrained")
     ratios, density, groups = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 1.0))

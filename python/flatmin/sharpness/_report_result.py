@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..curvature._density import SpectralDensity
-from ..curvature._lanczos import Eigenvalues
 from . import _report_figure as _figure
-from ._m_sharpness import MSharpness, mean_over_groups
-from ._pacgen import PACGen
-from ._plan import Plan
+from ._m_sharpness import mean_over_groups
+from ._report_numbers import Numbers, Pair
 from ._report_rows import Row, finite, m_key, number, settings_lines, table
 
 __all__ = ["Comparison", "Report", "compare"]
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class Report(Numbers):
     """What :func:`flatmin.report` found. ``print`` shows a table, :meth:`plot` a figure; ``report["lambda_1"]`` is a
     row.
 
@@ -33,27 +29,6 @@ class Report:
         plan: numbers of products, probes and draws.
         samples: on how many curvature and sharpness were measured.
     """
-
-    rows: tuple[Row, ...]
-    settings: dict[str, Any] = field(repr=False)
-    eigenvalues: Eigenvalues = field(repr=False)
-    density: SpectralDensity = field(repr=False)
-    m_sharpness: dict[int | None, MSharpness] = field(repr=False)
-    pacgen: PACGen = field(repr=False)
-    plan: Plan = field(repr=False)
-    samples: int = field(repr=False)
-
-    def __getitem__(self, key: str) -> Row:
-        for row in self.rows:
-            if row.key == key:
-                return row
-        raise KeyError(f"{key!r}; the rows are {', '.join(row.key for row in self.rows)}")
-
-    def __contains__(self, key: str) -> bool:
-        return any(row.key == key for row in self.rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
 
     def __str__(self) -> str:
         cells = [
@@ -118,7 +93,7 @@ class Report:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Pair):
     """Two reports side by side. ``print`` shows a table, :meth:`plot` a figure.
 
     Attributes:
@@ -127,11 +102,6 @@ class Comparison:
         rows: pairs of the rows that both have.
         differences: settings that are not the same, which a fair comparison should have equal.
     """
-
-    reports: tuple[Report, Report]
-    names: tuple[str, str]
-    rows: tuple[tuple[Row, Row], ...] = field(repr=False)
-    differences: dict[str, tuple[Any, Any]]
 
     def __str__(self) -> str:
         a, b = self.names
