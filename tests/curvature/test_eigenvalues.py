@@ -267,6 +267,11 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "which": (ValueError, "which: 'top' given; give one of 'largest'", _call(which="top")),
     "tol": (ValueError, "tol: -1.0 given", _call(tol=-1.0)),
     "basis_size": (ValueError, "basis_size: 6 given; 5 eigenvalues need at least 7", _call(basis_size=6)),
+    "no basis_size": (ValueError, "basis_size: '9' given", _call(basis_size="9")),
+    "seed": (ValueError, "seed: -1 given", _call(seed=-1)),
+    "seed of a density": (ValueError, "seed: 0.5 given",
+                          lambda: curvature.spectral_density(symmetric(BULK), seed=0.5)),  # type: ignore[arg-type]
+    "seed of a trace": (ValueError, "seed: -1 given", lambda: curvature.trace(symmetric(BULK), seed=-1)),
     "basis_dtype": (TypeError, "basis_dtype: torch.int32 given", _call(basis_dtype=torch.int32)),
     "max_products": (ValueError, "max_products: 4 given", _call(max_products=4)),
     "no vectors": (ValueError, "start: holds no vectors",
