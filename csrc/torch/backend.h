@@ -1,8 +1,9 @@
-/* What a device offers to the operator table. backend_cpu.c is the CPU, cuda/backend_cuda.c the GPU; each is linked with
- * operators.c and torch_args.c into a library of its own. */
+/* What a device offers to the operator table. backend_cpu.c is the CPU, cuda/backend_cuda.c the GPU; each is linked
+ * with operators.c and torch_args.c into a library of its own. */
 #ifndef FM_BACKEND_H
 #define FM_BACKEND_H
 
+#include "fm_label_ops.h"
 #include "torch_args.h"
 
 /* What a backend is asked for: a reduction, or an update of the table in fm_math.h. */
@@ -20,6 +21,10 @@ typedef struct fm_backend {
    * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */
   bool (*run)(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
               const fm_scalars *scalars, double *result);
+  /* Label noise. The host reads neither labels nor an index on a device, so only the CPU refuses what is out of range;
+   * elsewhere such a label stays as it is. */
+  bool (*corrupt_labels)(fm_args *args, const fm_label_job *job);
+  bool (*draw_samples)(fm_args *args, const fm_draw_job *job);
 } fm_backend;
 
 extern const fm_backend fm_this_backend;

@@ -1,6 +1,7 @@
 /* The operators: schema, checks, and the call of the backend that this file is linked with. Nothing of a device is
  * here. Arguments are taken by the names that they have in the schema. */
 #include "backend.h"
+#include "label_operators.h"
 
 #include <assert.h>
 
@@ -504,6 +505,10 @@ static bool op_isa(fm_args *args, StableIValue *stack) {
     "pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, Tensor "             \
     "curvature_scale, float gamma, float eps) -> Tensor")                                                             \
   X(filter_norm, true, "filter_norm(Tensor[] tensors, bool whole) -> Tensor")                                         \
+  X(corrupt_labels, true,                                                                                             \
+    "corrupt_labels(Tensor labels, Tensor index, Tensor bounds, Tensor targets, Tensor key, Tensor(a!) out, "         \
+    "int classes, int threshold, int span, int offset, int ignore_index) -> ()")                                      \
+  X(draw_samples, true, "draw_samples(Tensor index, Tensor key, int count, int inner, int law) -> Tensor")            \
   X(isa, false, "isa() -> int")
 
 typedef bool fm_body(fm_args *args, StableIValue *stack);

@@ -5,15 +5,29 @@
     opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
 
 :class:`SAM` and :class:`PerturbedOPT` wrap any torch optimizer (:mod:`flatmin.optim`); :func:`pacgen`,
-:mod:`flatmin.sharpness` and :mod:`flatmin.curvature` measure how flat a minimum is; :mod:`flatmin.ops` holds the
-operators for loops of your own.
+:mod:`flatmin.sharpness` and :mod:`flatmin.curvature` measure how flat a minimum is; :class:`LabelNoise` makes labels
+wrong by a known rule; :mod:`flatmin.ops` holds the operators for loops of your own.
 """
 
-from . import curvature, ops, optim, reference, sharpness
+from . import curvature, label_noise, ops, optim, reference, sharpness
 from . import noise as noise
 from . import sam as sam
+from .label_noise import LabelNoise, RegressionNoise
 from .optim import SAM, PerturbedOPT
 from .sharpness import PACGen, pacgen
 
-__all__ = ["SAM", "PACGen", "PerturbedOPT", "curvature", "ops", "optim", "pacgen", "reference", "sharpness"]
+__all__ = [
+    "SAM",
+    "LabelNoise",
+    "PACGen",
+    "PerturbedOPT",
+    "RegressionNoise",
+    "curvature",
+    "label_noise",
+    "ops",
+    "optim",
+    "pacgen",
+    "reference",
+    "sharpness",
+]
 __version__ = "0.1.0"

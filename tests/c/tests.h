@@ -33,7 +33,9 @@
   X(strided)         \
   X(noise)           \
   X(averages)        \
-  X(not_finite)
+  X(not_finite)      \
+  X(label_shares)    \
+  X(label_kernels)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)

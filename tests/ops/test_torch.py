@@ -37,6 +37,7 @@ def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
     key = torch.tensor([7, 3], dtype=torch.uint64)
     steps = [torch.ones(()) for _ in w]
     one, corrections = scalar(1.0), torch.tensor([2.0, 1.5], dtype=torch.float64)
+    index, none, out = torch.tensor([5, 0, 5]), torch.empty(0, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
     h, rho_i = ([t.abs() for t in make(10 * k)] for k in (5, 6))
     arguments: dict[str, tuple[Any, ...]] = {
         "norm": (g, w, 2.0, 1, 0.01),
@@ -58,6 +59,8 @@ def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
         "curvature_": (h, g, rho_i, w, backup, key, corrections, 2, 1.0, 0.99, 0.1, 1e-8),
         "pacgen": (w, h, rho_i, one, one, 0.1, 0.1),
         "filter_norm": (w, False),
+        "corrupt_labels": (torch.arange(12).view(3, 4), index, none, none, key, out, 12, 2**31, 11, 1, -100),
+        "draw_samples": (index, key, 3, 4, 1),
     }
     moved: dict[str, tuple[Any, ...]] = tree_map_only(Tensor, lambda t: t.to(device), arguments)
     return moved
@@ -145,6 +148,13 @@ def test_schemas_are_the_published_ones() -> None:
     assert str(torch.ops.flatmin.filter_norm.default._schema) == (
         "flatmin::filter_norm(Tensor[] tensors, bool whole) -> Tensor"
     )
+    assert str(torch.ops.flatmin.corrupt_labels.default._schema) == (
+        "flatmin::corrupt_labels(Tensor labels, Tensor index, Tensor bounds, Tensor targets, Tensor key, "
+        "Tensor(a!) out, int classes, int threshold, int span, int offset, int ignore_index) -> ()"
+    )
+    assert str(torch.ops.flatmin.draw_samples.default._schema) == (
+        "flatmin::draw_samples(Tensor index, Tensor key, int count, int inner, int law) -> Tensor"
+    )
     assert str(torch.ops.flatmin.isa.default._schema) == "flatmin::isa() -> int"
 
 
@@ -156,7 +166,7 @@ def test_meta_tensors(name: str) -> None:
     result = getattr(torch.ops.flatmin, name).default(*raw_arguments("meta")[name])
     expected = getattr(torch.ops.flatmin, name).default(*raw_arguments()[name])
     if isinstance(expected, Tensor):
-        assert result.device.type == "meta" and result.dtype == torch.float64 and result.shape == expected.shape
+        assert result.device.type == "meta" and result.dtype == expected.dtype and result.shape == expected.shape
     else:
         assert result is None
 

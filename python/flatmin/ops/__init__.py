@@ -35,10 +35,13 @@ from .. import reference
 from .._checks import check_finite_radius
 from .._devices import on_device
 from . import _library
+from ._labels import corrupt_labels, draw_samples
 
 __all__ = [
     "backup_like",
+    "corrupt_labels",
     "curvature_",
+    "draw_samples",
     "filter_norm",
     "norm",
     "pacgen",

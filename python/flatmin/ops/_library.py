@@ -71,6 +71,8 @@ OPERATORS = {
         "curvature_",
         "pacgen",
         "filter_norm",
+        "corrupt_labels",
+        "draw_samples",
     )
 }
 
@@ -114,5 +116,11 @@ _RESULTS: dict[str, Callable[..., tuple[int, ...]]] = {
     "filter_norm": _filters,
 }
 
+#: Shape functions of the operators on labels, which take no lists.
+_SAMPLES: dict[str, Callable[..., Tensor | None]] = {
+    "corrupt_labels": lambda *_: None,
+    "draw_samples": lambda index, key, count, inner, law: index.new_empty((count, inner), dtype=torch.float32),
+}
+
 for _name in OPERATORS:
-    torch.library.register_fake(f"flatmin::{_name}", _fake(_RESULTS.get(_name), _name))
+    torch.library.register_fake(f"flatmin::{_name}", _SAMPLES.get(_name) or _fake(_RESULTS.get(_name), _name))
