@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_sam_distributed import WORLD, gathered, halves, run_on_two
+from test_sam_distributed import gathered, halves
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatmin import PerturbedOPT, ops
 from models import Batch, batches, distance, loss_of, same_bits, small_net, weights
 from popt_reference import MIXED, in_context, momentum_sgd, run
+from two_processes import WORLD, run_on_two
 
 
 def noisy(net: nn.Module, **options: Any) -> PerturbedOPT:

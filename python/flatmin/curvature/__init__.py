@@ -1,4 +1,4 @@
-"""How curved the loss is: estimates of the Hessian's diagonal, of its trace and of how fast it changes.
+"""How curved the loss is: eigenvalues, their density, traces and diagonals of the Hessian and its kin.
 
 Every function takes a model, a loss, data and optionally some of the parameters::
 
@@ -13,6 +13,14 @@ Every function takes a model, a loss, data and optionally some of the parameters
 * ``params`` is the list of tensors to differentiate by, None for all that require gradients. A parameter that the loss
   does not use has derivative 0.
 
+The Hessian has kin: every function that takes ``matrix`` also measures the generalised Gauss-Newton matrix ("ggn") and
+the empirical Fisher matrix ("fisher"). All of them work with one operator, which can be used by itself::
+
+    with curvature.linear_operator(model, loss_fn, loader, matrix="ggn") as A:   # the model's state is saved once
+        top = curvature.eigenvalues(A, k=5)
+        density = curvature.spectral_density(A, probes=10, steps=50)
+        trace = curvature.trace(A, products=60, estimator="xtrace")
+
 Weights, ``.grad``, ``requires_grad``, buffers, mode and torch's random numbers are afterwards what they were, bit for
 bit, also after an exception. Random estimates are functions of ``seed`` alone. No graph outlives its batch: the memory
 is that of one double backward pass (of one backward pass with finite differences) and a few copies of the parameters.
@@ -25,6 +33,7 @@ Results are float32, or float64 for float64 parameters.
 import importlib
 from typing import Any
 
+from ._density import SpectralDensity, spectral_density
 from ._diagonals import (
     exact_diag,
     gnb_diag,
@@ -33,21 +42,34 @@ from ._diagonals import (
     squared_gradient_diag,
 )
 from ._hvp import hvp
+from ._lanczos import Eigenvalues, eigenvalues
+from ._layers import layer_eigenvalues, layer_traces
+from ._linear_operator import CurvatureOperator, linear_operator
 from ._lipschitz import lipschitz
 from ._probes import Estimate, ScalarEstimate
 from ._trace import hutchinson_trace
+from ._trace_estimators import trace
 
 __all__ = [
+    "CurvatureOperator",
+    "Eigenvalues",
     "Estimate",
     "ScalarEstimate",
+    "SpectralDensity",
+    "eigenvalues",
     "exact_diag",
     "gnb_diag",
     "hutchinson_diag",
     "hutchinson_trace",
     "hvp",
+    "layer_eigenvalues",
+    "layer_traces",
+    "linear_operator",
     "lipschitz",
     "spatial_average",
+    "spectral_density",
     "squared_gradient_diag",
+    "trace",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ._measurement import LossFn, Measurement, Part, check_tensors
 
-__all__ = ["check_method", "hvp"]
+__all__ = ["check_method", "hvp", "moves_along"]
 
 
 def hvp(
@@ -52,15 +52,23 @@ def hvp(
         if length == 0.0:
             return m.zeros()
         h = step or m.step_size(length)
+        return m.difference(*moves_along(m, vectors, h), h)
 
-        def plus(part: Part, backup: Tensor) -> None:
-            one = torch.ones((), dtype=torch.float64, device=part.device)
-            ops.sam_ascend_(part.of(m.params), part.of(vectors), backup, one, h, eps=0.0)
 
-        def minus(part: Part, backup: Tensor) -> None:  # a step of SGD along v: an ascent has no negative radius
-            ops.restore_sgd_(part.of(m.params), part.of(vectors), (), backup, h)
+Move = Callable[[Part, Tensor], object]
 
-        return m.difference(plus, minus, h)
+
+def moves_along(m: Measurement, vectors: Sequence[Tensor], h: float) -> tuple[Move, Move]:
+    """What :meth:`Measurement.moved` takes to go to ``w + h v`` and to ``w - h v``."""
+
+    def plus(part: Part, backup: Tensor) -> None:
+        one = torch.ones((), dtype=torch.float64, device=part.device)
+        ops.sam_ascend_(part.of(m.params), part.of(vectors), backup, one, h, eps=0.0)
+
+    def minus(part: Part, backup: Tensor) -> None:  # a step of SGD along v: an ascent has no negative radius
+        ops.restore_sgd_(part.of(m.params), part.of(vectors), (), backup, h)
+
+    return plus, minus
 
 
 def check_method(method: str, step: float | None) -> bool:

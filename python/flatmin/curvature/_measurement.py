@@ -17,7 +17,18 @@ from .._devices import on_device
 from .._distributed import is_dtensor
 from .._rng import Generators
 
-__all__ = ["MOVES", "NOISE", "LossFn", "Measurement", "Part", "check_tensors", "names_of", "refuse_not_finite"]
+__all__ = [
+    "MOVES",
+    "NOISE",
+    "LossFn",
+    "Measurement",
+    "Part",
+    "batch_hvp",
+    "check_data",
+    "check_tensors",
+    "names_of",
+    "refuse_not_finite",
+]
 
 #: What random numbers are for: each purpose has its own stream. 0 is that of the probes.
 MOVES, NOISE = 1, 2
@@ -87,7 +98,7 @@ class Measurement:
         self.model = model
         self.loss_fn = loss_fn
         self.params = _check_params(model, params)
-        self.data = _check_data(data)
+        self.data = check_data(data)
         self.count = 0
         devices = list(dict.fromkeys(p.device for p in self.params))
         self.parts = [
@@ -119,6 +130,10 @@ class Measurement:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
+    def note(self, text: str) -> None:
+        """Show ``text`` beside the progress bar."""
+        self._bar.note(text)
+
     # -- passes over the data --------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[Any, Any, int]]:
@@ -144,7 +159,11 @@ class Measurement:
 
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """Mean loss of a batch, 0-dim."""
-        loss = self.loss_fn(self.model(inputs), targets)
+        return self.loss_of(self.model(inputs), targets)
+
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        """The same, of what the model has returned."""
+        loss = self.loss_fn(outputs, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss_fn: returned a {_describe(loss)}; return the mean loss of the batch, one number")
         return loss.reshape(())
@@ -196,7 +215,7 @@ class Measurement:
         """``H v`` by automatic differentiation, twice."""
 
         def term(inputs: Any, targets: Any) -> list[Tensor | None]:
-            return _batch_hvp(self.loss(inputs, targets), self.params, vectors)
+            return batch_hvp(self.loss(inputs, targets), self.params, vectors)
 
         return self.mean(term)
 
@@ -266,6 +285,8 @@ def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False)
     """Of a batch; None for parameters that the loss does not use."""
     if not loss.requires_grad:
         return [None] * len(params)
+    if create_graph:
+        refuse_once_differentiable(loss)
     return list(torch.autograd.grad(loss, list(params), create_graph=create_graph, allow_unused=True))
 
 
@@ -280,14 +301,37 @@ def second(
     except RuntimeError as error:
         if not _NO_DOUBLE_BACKWARD.search(str(error)):
             raise
-        raise RuntimeError(
-            "an operator of the model cannot be differentiated twice. Give method='finite_difference' (hvp, "
-            "hutchinson_diag, hutchinson_trace, lipschitz and pacgen take it), or for attention compute within "
-            f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH). torch says: {error}"
-        ) from error
+        raise _not_twice(f"torch says: {error}") from error
 
 
-def _batch_hvp(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+def refuse_once_differentiable(result: Tensor) -> None:
+    """``RuntimeError`` if ``result`` comes from a function marked ``once_differentiable``. torch says so only where
+    what flows back depends on the weights, and takes its derivative for a constant elsewhere: in a loss, always."""
+    seen: set[Any] = set()
+    pending = [result.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            raise _not_twice(f"{function.__name__} is marked once_differentiable.")
+        pending.extend(following for following, _ in node.next_functions)
+
+
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def _not_twice(why: str) -> RuntimeError:
+    return RuntimeError(
+        "an operator of the model, or the loss, cannot be differentiated twice. Give method='finite_difference' (every "
+        "function of flatmin.curvature that takes a method, and pacgen, has it), or for attention compute within "
+        f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH). {why}"
+    )
+
+
+def batch_hvp(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
     """In a function of its own, so that a batch's graph is gone before the next one is built."""
     pairs = [
         (g, v.to(g.dtype))
@@ -327,7 +371,7 @@ def _check_params(model: nn.Module, params: Any) -> list[Tensor]:
     return chosen
 
 
-def _check_data(data: Any) -> Any:
+def check_data(data: Any) -> Any:
     if isinstance(data, list | tuple) and len(data) == 2 and isinstance(data[1], Tensor):
         return [data]
     if isinstance(data, Tensor) or not hasattr(data, "__iter__"):
@@ -418,6 +462,10 @@ class _Bar:
     def advance(self) -> None:
         if self._bar is not None:
             self._bar.update()
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -16,7 +16,16 @@ from .._checks import check_int
 from ._hvp import check_method
 from ._measurement import Measurement, Part
 
-__all__ = ["Estimate", "Moments", "Probed", "Probes", "ScalarEstimate", "check_sampling", "scalar_estimate"]
+__all__ = [
+    "Estimate",
+    "Moments",
+    "Probed",
+    "Probes",
+    "ScalarEstimate",
+    "check_sampling",
+    "scalar_estimate",
+    "student_quantile",
+]
 
 
 class Estimate(NamedTuple):
@@ -41,6 +50,13 @@ class ScalarEstimate(NamedTuple):
     stderr: float
     samples: int
 
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Where the true value lies with probability ``level``: by Student's t with samples - 1 degrees of freedom."""
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level: {level} given; give a probability between 0 and 1, as 0.95")
+        half = student_quantile(1.0 - level, self.samples - 1) * self.stderr if self.samples > 1 else math.nan
+        return self.value - half, self.value + half
+
 
 def scalar_estimate(values: Sequence[float]) -> ScalarEstimate:
     """Mean and standard error of independent values."""
@@ -49,6 +65,32 @@ def scalar_estimate(values: Sequence[float]) -> ScalarEstimate:
         return ScalarEstimate(sum(values) / n, math.nan, n)
     spread = statistics.stdev(values) if n > 1 else math.nan
     return ScalarEstimate(math.fsum(values) / n, spread / math.sqrt(n), n)
+
+
+def student_quantile(p: float, n: int) -> float:
+    """What the absolute value of Student's t with ``n`` degrees of freedom exceeds with probability ``p`` (Hill 1970,
+    Algorithm 396 of the ACM: 6 digits)."""
+    if n == 1:
+        return 1.0 / math.tan(p * math.pi / 2.0)
+    if n == 2:
+        return math.sqrt(2.0 / (p * (2.0 - p)) - 2.0)
+    a = 1.0 / (n - 0.5)
+    b = 48.0 / a**2
+    c = ((20700.0 * a / b - 98.0) * a - 16.0) * a + 96.36
+    d = ((94.5 / (b + c) - 3.0) / b + 1.0) * math.sqrt(a * math.pi / 2.0) * n
+    y = (d * p) ** (2.0 / n)
+    if y > 0.05 + a:
+        x = statistics.NormalDist().inv_cdf(p / 2.0)
+        y = x * x
+        if n < 5:
+            c += 0.3 * (n - 4.5) * (x + 0.6)
+        c = (((0.05 * d * x - 5.0) * x - 7.0) * x - 2.0) * x + b + c
+        y = (((((0.4 * y + 6.3) * y + 36.0) * y + 94.5) / c - y - 3.0) / b + 1.0) * x
+        y = math.expm1(a * y * y)
+    else:
+        tail = ((n + 6.0) / (n * y) - 0.089 * d - 0.822) * (n + 2.0) * 3.0
+        y = ((1.0 / tail + 0.5 / (n + 4.0)) * y - 1.0) * (n + 1.0) / (n + 2.0) + 1.0 / y
+    return math.sqrt(n * y)
 
 
 class Probed(NamedTuple):

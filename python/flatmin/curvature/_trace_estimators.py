@@ -1,0 +1,202 @@
+"""The trace of any operator within a budget of products, and the traces of a model's layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_int, check_one_of
+from ._basis import Basis
+from ._lanczos import check_basis
+from ._linear_operator import SymmetricOperator, operator_of, random_vector
+from ._measurement import LossFn
+from ._probes import ScalarEstimate, scalar_estimate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["estimate_trace", "trace"]
+
+
+def trace(
+    model: nn.Module | SymmetricOperator,
+    loss_fn: LossFn | None = None,
+    data: Any = None,
+    *,
+    products: int = 100,
+    estimator: str = "hutchinson",
+    params: Iterable[Tensor] | None = None,
+    matrix: str | None = None,
+    method: str | None = None,
+    step: float | None = None,
+    micro_batch: int | None = None,
+    process_group: ProcessGroup | None = None,
+    basis_device: Any = None,
+    basis_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ScalarEstimate:
+    """The trace of the Hessian, or of another matrix, with its error.
+
+    Args:
+        model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`. Or ``model`` is a :func:`linear_operator`,
+            or a symmetric matrix as a tensor; then what belongs to the operator is left out.
+        products: with a vector, all in all.
+        estimator: "hutchinson", the mean of ``<v, A v>`` over Rademacher vectors, whose standard error falls with the
+            root of their number; it keeps no vectors. "hutch++" (Meyer et al. 2021, arXiv 2010.09649) takes the trace
+            on the range of A times a third of the vectors as it is and samples only the rest. "xtrace" (Epperly, Tropp
+            and Webber 2024, arXiv 2301.07825) leaves each of its vectors out once. These two keep ``products`` / 3 and
+            / 2 vectors, and err far less where a few eigenvalues carry the trace; of a matrix with no more rows than
+            ``products`` they sum the diagonal.
+        matrix, method, step, micro_batch, process_group: as in :func:`linear_operator`.
+        basis_device, basis_dtype: where and as what the vectors are kept, as in :func:`eigenvalues`.
+        seed: of the vectors.
+
+    Returns:
+        ``(value, stderr, samples)``, floats; ``.interval()`` is the 95 % confidence interval. ``samples`` counts what
+        the standard error is over: the vectors of Hutchinson and XTrace, those of the rest for Hutch++.
+    """
+    check_one_of("estimator", estimator, tuple(_ESTIMATORS))
+    least, _ = _ESTIMATORS[estimator]
+    check_int("products", products, least)
+    check_basis(basis_dtype)
+    options: dict[str, Any] = {"params": params, "matrix": matrix, "method": method, "step": step}
+    options |= {"micro_batch": micro_batch, "process_group": process_group, "progress": progress}
+    with operator_of(model, loss_fn, data, f"trace ({estimator})", products, **options) as A:
+        return estimate_trace(A, products, estimator, seed, basis_dtype, basis_device)
+
+
+def estimate_trace(
+    A: SymmetricOperator,
+    products: int,
+    estimator: str,
+    seed: int,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: Any = None,
+) -> ScalarEstimate:
+    """:func:`trace` of an operator."""
+
+    def probe(draw: int) -> Tensor:
+        return random_vector(A, seed, draw, 0, "rademacher")
+
+    def basis(size: int) -> Basis:
+        return Basis(A, min(size, A.shape[0]), basis_dtype, basis_device)
+
+    if estimator != "hutchinson" and A.shape[0] <= products:
+        return _exact(A)
+    return _ESTIMATORS[estimator][1](A, products, probe, basis)
+
+
+Probe = Callable[[int], Tensor]
+NewBasis = Callable[[int], Basis]
+
+
+def _hutchinson(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
+    return scalar_estimate([_inner(v, A @ v) for v in map(probe, range(products))])
+
+
+def _exact(A: SymmetricOperator) -> ScalarEstimate:
+    """Element by element: there are no more of them than products."""
+    v = torch.zeros_like(random_vector(A, 0, 0, 0, "rademacher"))
+    elements = []
+    for i in range(len(v)):
+        v[i] = 1.0
+        elements.append(float((A @ v)[i]))
+        v[i] = 0.0
+    rounding = 10.0 * torch.finfo(v.dtype).eps * math.fsum(map(abs, elements))
+    return ScalarEstimate(math.fsum(elements), rounding, len(v))
+
+
+def _hutch_pp(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
+    q = basis(products // 3)
+    size = len(q.rows)
+    _range(A, q, probe, size)
+    inside = [float(q.coefficients(A @ q.row(i))[i]) for i in range(q.count)]
+    rest = []
+    for draw in range(size, products - size):  # as many as are left
+        g = probe(draw)
+        q.orthogonalise(g)
+        rest.append(_inner(g, A @ g))
+    found = scalar_estimate(rest)
+    return _rounded(found._replace(value=found.value + sum(inside)), inside, q)
+
+
+def _xtrace(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
+    """The mean of estimates that each leave one vector out of the basis and sample with it, all in the space of Q.
+
+    With ``A w_i = Q r_i``, the span of the r_j without r_i is the complement of s_i, the i-th vector of the dual basis.
+    The estimates share vectors, so their spread alone understates the error of their mean. As each has the right mean
+    whatever the other vectors are, the covariance of two is the mean of the product of what w_j does to the i-th and
+    w_i to the j-th, which is known too.
+    """
+    q = basis(products // 2)
+    k = len(q.rows)
+    r = _range(A, q, probe, k)
+    h = torch.stack([q.coefficients(A @ q.row(i)) for i in range(q.count)]) if q.count else r @ r.t()
+    h = 0.5 * (h + h.t())
+    w = torch.stack([q.coefficients(probe(i)) for i in range(k)], dim=1) if q.count else r
+    inside = h.diagonal().tolist()
+    if q.count < k:  # without any one of the vectors the range is the same
+        nothing = torch.zeros(1, 1, q.count, dtype=torch.float64)
+        return _rounded(scalar_estimate([float(_without(h, w[:, i], r[:, i], nothing)) for i in range(k)]), inside, q)
+    dual = torch.linalg.solve(r.t(), torch.eye(k, dtype=torch.float64)).t()
+    dual = dual / torch.linalg.vector_norm(dual, dim=1, keepdim=True)
+    single = torch.stack([_without(h, w[:, i], r[:, i], dual[i].expand(1, 1, k)) for i in range(k)]).flatten()
+    change = torch.zeros(k, k, dtype=torch.float64)
+    for i in range(k):
+        others = torch.arange(k) != i
+        second = dual[others] - (dual[others] @ dual[i])[:, None] * dual[i]
+        second = second - (second @ dual[i])[:, None] * dual[i]
+        second = second / torch.linalg.vector_norm(second, dim=1, keepdim=True)
+        pairs = torch.stack([dual[i].expand_as(second), second], dim=1)
+        change[i, others] = single[i] - _without(h, w[:, i], r[:, i], pairs)
+    covariance = float((change * change.t()).sum()) / (k * (k - 1))
+    variance = float(single.var()) / k + max(covariance, 0.0)
+    return _rounded(ScalarEstimate(float(single.mean()), variance**0.5, k), inside, q)
+
+
+def _without(h: Tensor, w: Tensor, r: Tensor, e: Tensor) -> Tensor:
+    """``trace(P h) + w' (1 - P) A (1 - P) w``, where P leaves out the span of orthonormal vectors: ``e`` of shape
+    (sets, vectors in one, dimension). ``A w = r`` in the space of h."""
+    along_w, along_r = e @ w, e @ r
+    rest = w - (along_w.unsqueeze(-1) * e).sum(-2)
+    kept = h.trace() - ((e @ h) * e).sum((-2, -1))
+    return kept - w @ r + 2.0 * (along_w * along_r).sum(-1) + ((rest @ h) * rest).sum(-1)
+
+
+#: The least number of products, and the function.
+_ESTIMATORS: dict[str, tuple[int, Callable[[SymmetricOperator, int, Probe, NewBasis], ScalarEstimate]]] = {
+    "hutchinson": (1, _hutchinson),
+    "hutch++": (6, _hutch_pp),
+    "xtrace": (6, _xtrace),
+}
+
+
+def _range(A: SymmetricOperator, q: Basis, probe: Probe, size: int) -> Tensor:
+    """Fill ``q`` with an orthonormal basis of ``A w_0, A w_1, ..``: the coefficients of these, one column each. What is
+    a combination of those before, but for rounding, adds no vector."""
+    columns = torch.zeros(size, size, dtype=torch.float64)
+    epsilon = torch.finfo(q.dtype).eps
+    for i in range(size):
+        y = A @ probe(i)
+        coefficients, rest = q.orthogonalise(y)
+        columns[: q.count, i] = coefficients
+        if rest > 100.0 * epsilon * float(torch.linalg.vector_norm(coefficients)):
+            columns[q.count, i] = rest
+            q.append(y, rest)
+    return columns[: q.count]
+
+
+def _rounded(found: ScalarEstimate, inside: Sequence[float], q: Basis) -> ScalarEstimate:
+    """With at least the error of rounding, which is left where the vectors hold all of the range."""
+    rounding = 10.0 * torch.finfo(q.dtype).eps * math.fsum(map(abs, inside))
+    return found._replace(stderr=max(found.stderr, rounding))
+
+
+def _inner(v: Tensor, w: Tensor) -> float:
+    wide = torch.float32 if v.device.type == "mps" else torch.float64
+    return float((v * w).sum(dtype=wide))
