@@ -97,7 +97,7 @@ def corrupt_labels(
     _run(
         "corrupt_labels",
         labels.device,
-        labels.contiguous(),
+        labels.contiguous() if labels.layout == torch.strided else labels,
         _index(index, labels.device),
         bounds,
         targets,
