@@ -1,4 +1,4 @@
-"""How sam_step.py measures on a GPU: CUDA events, torch's memory statistics, the bandwidth of a copy."""
+"""How the benchmarks measure on a GPU: CUDA events, torch's memory statistics, the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def extra_bytes(build: Builder, params: list[Tensor], steps: int) -> int:
     momentum = sum(p.nbytes for p in params)
     peak: int = torch.cuda.memory_stats(DEVICE)["requested_bytes.all.peak"]
     return peak - before - momentum
+
+
+def predicted_ms(nbytes: int, copy_ms: float) -> float:
+    """Time to move so many bytes at the bandwidth of :func:`copy_step`."""
+    return nbytes * copy_ms / (2 * COPY_BYTES)
 
 
 def copy_step() -> dict[str, Step]:

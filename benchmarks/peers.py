@@ -24,12 +24,18 @@ Builder = Callable[[list[Tensor]], Step]
 RHO, LR, MOMENTUM, EPS = 0.05, 1e-4, 0.9, 1e-12
 GROUP = 64  # limits.c takes this many elements at a time
 
-FLATMIN, TEXTBOOK, COMPILED = "flatmin.SAM", "textbook eager SAM", "torch.compile'd SAM"
+FLATMIN, PLAIN, OPS = "flatmin.SAM", "flatmin.SAM, plain base step", "flatmin.ops"
+TEXTBOOK, COMPILED = "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
 CALLS = "flatmin.SAM, calls alone"
 LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
 READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": True}
+
+
+#: What a step reads and writes of all its elements, in passes over them: docs/traffic.md derives it. Of other rows it
+#: has no number.
+STREAMS = {FLATMIN: 10, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
 
 
 # ---- builders: each makes one step of its kind over parameters that carry a gradient ----
@@ -167,8 +173,8 @@ def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builde
     """The rows by name, flatmin first. ``with_foreach`` for a GPU: on a CPU the multi-tensor operators are loops."""
     rows: dict[str, Builder] = {
         FLATMIN: flatmin_fused,
-        "flatmin.SAM, plain base step": flatmin_plain,
-        "flatmin.ops": flatmin_ops,
+        PLAIN: flatmin_plain,
+        OPS: flatmin_ops,
         TEXTBOOK: textbook,
     }
     if importlib.util.find_spec("pytorch_optimizer"):

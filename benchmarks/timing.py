@@ -1,4 +1,4 @@
-"""How the benchmarks time their rows side by side on a CPU, judge targets and describe the machine."""
+"""How the benchmarks time their rows side by side, judge figures over several runs and describe the machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import importlib.util
 import os
 import platform
 import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -57,25 +60,53 @@ def interleaved(
     return times
 
 
-def target(
-    what: str, measured: float, required: float, met: bool, goal: float | None = None, bound: float | None = None
-) -> dict[str, Any]:
-    """``bound``: what the least that the machine allows, measured in the same run, would reach in place of flatmin."""
-    return {
-        "what": what,
-        "measured": measured,
-        "required": required,
-        "goal": goal or required,
-        "met": met,
-        "bound": bound,
-    }
+class Figure(NamedTuple):
+    """What one run measured of something that must not exceed ``required``."""
+
+    what: str
+    measured: float
+    required: float
 
 
-def print_targets(targets: list[dict[str, Any]]) -> None:
+def judged(runs: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
+    """Each figure over all runs: its median, and whether it is met, missed, or missed by less than the runs differ."""
+    results = []
+    for figures in zip(*runs, strict=True):
+        measured, required = statistics.median(f.measured for f in figures), figures[0].required
+        lowest, highest = min(f.measured for f in figures), max(f.measured for f in figures)
+        verdict = "met" if measured <= required else "missed"
+        if verdict == "missed" and measured - required < highest - lowest:
+            verdict = "within the spread"
+        results.append(
+            {
+                "what": figures[0].what,
+                "measured": measured,
+                "required": required,
+                "lowest": lowest,
+                "highest": highest,
+                "verdict": verdict,
+                "met": verdict != "missed",
+            }
+        )
+    return results
+
+
+def print_judged(targets: Sequence[dict[str, Any]], runs: int) -> None:
     for each in targets:
-        verdict = "met" if each["met"] else "NOT met"
-        bound = "" if each["bound"] is None else f", the machine allows {each['bound']:.2f}"
-        print(f"  {each['what']}: {each['measured']:.2f} (required {each['required']:.2f}{bound}): {verdict}")
+        spread = f"{each['lowest']:.2f} to {each['highest']:.2f} in {runs} runs" if runs > 1 else "one run: no spread"
+        print(f"  {each['what']}: {each['measured']:.2f} (at most {each['required']:.2f}; {spread}): {each['verdict']}")
+
+
+def pooled(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Times by row of all runs together; a row may be missing from some of them."""
+    rows = dict.fromkeys(row for times in runs for row in times)
+    return {row: [t for times in runs for t in times.get(row, [])] for row in rows}
+
+
+def in_fresh_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Each run's memory lies elsewhere, and what torch.compile leaves behind is gone."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(measure, *args).result()
 
 
 def cpu_model() -> str:
@@ -85,13 +116,14 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def environment(threads: int, rounds: int) -> dict[str, Any]:
+def environment(threads: int, rounds: int, runs: int) -> dict[str, Any]:
     has_peer = importlib.util.find_spec("pytorch_optimizer") is not None
     return {
         "cpu": cpu_model(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
         "rounds": rounds,
+        "runs": runs,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pytorch_optimizer": importlib.metadata.version("pytorch-optimizer") if has_peer else None,

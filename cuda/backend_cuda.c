@@ -7,6 +7,7 @@ static const char *launch(fm_operator op, fm_update update, const fm_list *list,
   switch (op) {
     case FM_OP_NORM: return fm_cuda_norm(list, options, result, stream);
     case FM_OP_TIES: return fm_cuda_ties(list, options, scalars, result, stream);
+    case FM_OP_DOT: return fm_cuda_dot(list, options, result, stream);
     case FM_OP_PACGEN: return fm_cuda_pacgen(list, options, scalars, result, stream);
     case FM_OP_ROW_NORMS: return fm_cuda_row_norms(list, options, result, stream);
     default: return fm_cuda_update(update, list, options, scalars, result, stream);
@@ -106,6 +107,7 @@ const fm_backend fm_this_backend = {
     .device_type = FM_DEVICE_TYPE,
     .partials = fm_cuda_partials,
     .isa = isa,
+    .best_isa = isa,
     .run = run,
     .corrupt_labels = corrupt_labels,
     .draw_samples = draw_samples,

@@ -9,7 +9,12 @@
 extern "C" {
 #endif
 
-/* Elements of list->partials that the reductions need for this many chunks: the folds write their results behind. */
+/* Dense tensors that one launch carries: the launches of every pass over a list follow from it. The tests and what the
+ * documents promise read it here. */
+enum { FM_CUDA_ROWS = 250 };
+
+/* Elements of list->partials that the reductions need for this many chunks: the folds write their results behind. dot
+ * needs as many for each plane (fm_dot_planes). */
 int64_t fm_cuda_partials(int64_t chunks);
 
 /* Launch an operator on `stream` of the current device; NULL, or what CUDA says went wrong. `scalars` and `result` are
@@ -17,6 +22,7 @@ int64_t fm_cuda_partials(int64_t chunks);
 const char *fm_cuda_norm(const fm_list *list, const fm_options *options, double *result, void *stream);
 const char *fm_cuda_ties(const fm_list *list, const fm_options *options, const fm_scalars *scalars, double *result,
                          void *stream);
+const char *fm_cuda_dot(const fm_list *list, const fm_options *options, double *result, void *stream);
 const char *fm_cuda_pacgen(const fm_list *list, const fm_options *options, const fm_scalars *scalars, double *result,
                            void *stream);
 const char *fm_cuda_row_norms(const fm_list *list, const fm_options *options, double *result, void *stream);

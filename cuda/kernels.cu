@@ -1,14 +1,13 @@
-/* The CUDA grid over the formulas of csrc/math/fm_math.h: the same chunks, lanes and trees as csrc/cpu/kernels.c, hence the same
- * bits. No atomics; nothing depends on alignment or on the number of blocks.
+/* The CUDA grid over the formulas of csrc/math: the same chunks, lanes and trees as csrc/cpu/kernels.c, hence
+ * the same bits. No atomics; nothing depends on alignment or on the number of blocks.
  *
- * A launch carries its table of tensors in the kernel's arguments (32,764 bytes since sm_70), so a pass over 250
- * tensors is one launch and no table is copied to the device. A thread takes 8 elements at a time (4 in float64
- * arithmetic), by loads of 128 bits: one for a 16-bit type, two for float32. */
+ * A launch carries its table of tensors in the kernel's arguments, so a pass over FM_CUDA_ROWS tensors is one launch
+ * and no table is copied to the device. A thread takes 8 elements at a time (4 in float64 arithmetic), by loads of 128
+ * bits: one for a 16-bit type, two for float32. */
 #include "fm_cuda.h"
 #include "launch.h"
 
 enum {
-  FM_CUDA_ROWS = 250,
   FM_CUDA_WARP = 32,
   FM_CUDA_SPAN = 8,         /* elements of a thread: lanes 8 t to 8 t + 7 of a chunk, so a warp has all 256 */
   FM_CUDA_THREADS = 256,    /* element-wise kernels: two spans a thread and chunk */
@@ -27,6 +26,12 @@ typedef struct fm_cuda_row {
   bool wide;
 } fm_cuda_row;
 
+/* A tensor that is not dense goes alone, and its layouts lie where the other rows would. */
+typedef struct fm_cuda_strided {
+  fm_cuda_row row;
+  fm_layout layout[FM_MAX_OPERANDS]; /* dims 0: dense */
+} fm_cuda_strided;
+
 /* One launch: a run of dense rows, or a single row with its layouts. */
 typedef struct fm_cuda_launch {
   fm_options options;
@@ -35,10 +40,15 @@ typedef struct fm_cuda_launch {
   int64_t chunk_begin, chunk_end;
   int32_t rows;
   bool strided;
-  fm_layout layout[FM_MAX_OPERANDS]; /* dims 0: dense */
-  fm_cuda_row row[FM_CUDA_ROWS];
+  union {
+    fm_cuda_row row[FM_CUDA_ROWS];
+    fm_cuda_strided alone;
+  };
 } fm_cuda_launch;
-static_assert(sizeof(fm_cuda_launch) <= 32764 - 64, "kernel arguments");
+
+/* What a kernel's arguments have room for since sm_70, less a fold's own; one operand more still fits. */
+enum { FM_CUDA_ARGUMENTS = 32764 - 64, FM_CUDA_FREE = FM_CUDA_ARGUMENTS - (int)sizeof(fm_cuda_launch) };
+static_assert(FM_CUDA_FREE >= FM_CUDA_ROWS * 8, "FM_CUDA_ROWS tensors are no longer one launch; see docs/traffic.md");
 
 #define FM_DEVICE static __device__ __forceinline__
 
@@ -55,11 +65,11 @@ FM_DEVICE int fm_element_size(int dtype) { return dtype == FM_F64 ? 8 : dtype ==
 
 FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int k, int64_t i) {
   int64_t offset = i;
-  if (l->strided && l->layout[k].dims > 0) {
+  if (l->strided && l->alone.layout[k].dims > 0) {
     offset = 0;
-    for (int d = l->layout[k].dims - 1; d >= 0; d--) {
-      offset += i % l->layout[k].size[d] * l->layout[k].stride[d];
-      i /= l->layout[k].size[d];
+    for (int d = l->alone.layout[k].dims - 1; d >= 0; d--) {
+      offset += i % l->alone.layout[k].size[d] * l->alone.layout[k].stride[d];
+      i /= l->alone.layout[k].size[d];
     }
   }
   return row->data[k] + offset * fm_element_size(row->dtype[k]);
@@ -67,7 +77,7 @@ FM_DEVICE char *fm_element(const fm_cuda_launch *l, const fm_cuda_row *row, int 
 
 /* Whether a vector, of 16 or 32 bytes, lies together on a boundary of 16. */
 FM_DEVICE bool fm_is_vector(const fm_cuda_launch *l, int k, const char *at, bool whole) {
-  return whole && !(l->strided && l->layout[k].dims > 0) && (uintptr_t)at % 16 == 0;
+  return whole && !(l->strided && l->alone.layout[k].dims > 0) && (uintptr_t)at % 16 == 0;
 }
 
 /* The word that element j of this size begins in. */
@@ -190,12 +200,21 @@ FM_DEVICE fm_sum fm_fold_lanes(fm_sum *lanes) {
   return lanes[0];
 }
 
+FM_DEVICE unsigned fm_present_in(const fm_cuda_row *row) {
+  unsigned present = 0;
+#pragma unroll
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    present |= row->data[k] != NULL ? FM_BIT(k) : 0;
+  }
+  return present;
+}
+
 template <fm_update UPDATE>
 struct fm_tally_of;
-#define FM_TALLY_OF(update, name, reads, writes, tally, copy) \
-  template <>                                                 \
-  struct fm_tally_of<update> {                                \
-    enum { term = (tally) };                                  \
+#define FM_TALLY_OF(update, name, reads, writes, forms, optional, tally, copy) \
+  template <>                                                                  \
+  struct fm_tally_of<update> {                                                 \
+    enum { term = (tally) };                                                   \
   };
 FM_UPDATES(FM_TALLY_OF)
 #undef FM_TALLY_OF
@@ -238,28 +257,45 @@ __global__ void fm_reduce_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   }
 }
 
-enum fm_finish {
-  FM_FINISH_NONE,
-  FM_FINISH_ROOT,
-  FM_FINISH_SUM,
-  FM_FINISH_POWERS,
-  FM_FINISH_NOISE,
-  FM_FINISH_PACGEN,
-};
+/* One warp for each chunk and plane of its sums. The planes of a chunk go to neighbours, so that memory is read once.
+ * Plane p of the partial results begins at p * apart. */
+template <int LISTS>
+__global__ void fm_dot_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l, int64_t apart) {
+  const int planes = fm_dot_planes(LISTS);
+  const int warp = (int)threadIdx.x / FM_CUDA_WARP, thread = (int)threadIdx.x % FM_CUDA_WARP;
+  const int64_t tasks = (l.chunk_end - l.chunk_begin) * planes;
+  for (int64_t task = (int64_t)blockIdx.x * FM_CUDA_CHUNKS + warp; task < tasks;
+       task += (int64_t)gridDim.x * FM_CUDA_CHUNKS) {
+    const int64_t c = l.chunk_begin + task / planes;
+    const int plane = (int)(task % planes);
+    const fm_cuda_row *row = fm_row_of(&l, c);
+    const int64_t start = (c - row->first_chunk) * FM_CHUNK;
+    const fm_sum sum = row->wide ? fm_dot_chunk_f64<LISTS>(&l, row, start, thread, plane)
+                                 : fm_dot_chunk_f32<LISTS>(&l, row, start, thread, plane);
+    if (thread == 0) {
+      l.partials[plane * apart + c] = sum;
+    }
+  }
+}
 
-FM_DEVICE void fm_finish_with(fm_finish finish, fm_sum total, double q, double *result) {
+enum fm_finish { FM_FINISH_NONE, FM_FINISH_ROOT, FM_FINISH_SUMS, FM_FINISH_POWERS, FM_FINISH_PACGEN };
+
+/* `numbers`: of the sums, how many are the result. */
+FM_DEVICE void fm_finish_with(fm_finish finish, fm_sum total, double q, int numbers, double *result) {
   if (finish == FM_FINISH_ROOT) {
     *result = fm_sum_root(total);
-  } else if (finish == FM_FINISH_SUM) {
-    *result = total.mid;
+  } else if (finish == FM_FINISH_SUMS) {
+    const double sums[4] = {total.mid, total.big, total.small, total.rest};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (j < numbers) {
+        result[j] = sums[j];
+      }
+    }
   } else if (finish == FM_FINISH_POWERS) {
     if (!fm_norm_is_largest(*result, q)) { /* it holds the largest from the pass before */
       *result = fm_norm_from_powers(*result, total.mid, q);
     }
-  } else if (finish == FM_FINISH_NOISE) {
-    result[0] = total.mid;
-    result[1] = total.big;
-    result[2] = total.small;
   } else if (finish == FM_FINISH_PACGEN) {
     result[0] = fm_pacgen_of(total);
     result[1] = total.rest;
@@ -278,11 +314,15 @@ FM_DEVICE void fm_fold_block(fm_sum *held, int n, int term) {
   }
 }
 
-/* Each block folds FM_CUDA_FOLD neighbours; the last launch, of one block, ends with the operator's value. */
-__global__ void fm_fold_kernel(const fm_sum *from, int64_t count, fm_sum *to, int term, fm_finish finish, double q,
-                               double *result) {
+/* Each block folds FM_CUDA_FOLD neighbours of a plane, of which there are several in dot; the last launch, of one block
+ * a plane, ends with the operator's value. Plane p begins `apart` after plane p - 1 and has four of the `numbers`. */
+__global__ void fm_fold_kernel(const fm_sum *from, int64_t count, fm_sum *to, int64_t apart, int term, fm_finish finish,
+                               double q, int numbers, double *result) {
   __shared__ fm_sum held[FM_CUDA_FOLD];
-  const int64_t base = (int64_t)blockIdx.x * FM_CUDA_FOLD;
+  const int64_t blocks = count > 0 ? (count + FM_CUDA_FOLD - 1) / FM_CUDA_FOLD : 1;
+  const int64_t plane = (int64_t)blockIdx.x / blocks, block = (int64_t)blockIdx.x % blocks;
+  const int64_t base = block * FM_CUDA_FOLD;
+  from += plane * apart;
   const int n = (int)(count - base < FM_CUDA_FOLD ? count - base : FM_CUDA_FOLD);
   for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
     held[i] = from[base + i];
@@ -293,9 +333,9 @@ __global__ void fm_fold_kernel(const fm_sum *from, int64_t count, fm_sum *to, in
     const fm_sum none = {0.0, 0.0, 0.0, 0.0};
     const fm_sum total = n > 0 ? held[0] : none;
     if (finish == FM_FINISH_NONE) {
-      to[blockIdx.x] = total;
+      to[plane * apart + block] = total;
     } else {
-      fm_finish_with(finish, total, q, result);
+      fm_finish_with(finish, total, q, numbers - FM_DOT_PLANE * (int)plane, result + FM_DOT_PLANE * plane);
     }
   }
 }
@@ -329,7 +369,7 @@ __global__ void fm_fold_rows_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l, int ter
     count = pieces;
   } while (count > 1);
   if (threadIdx.x == 0) {
-    fm_finish_with(finish, row->numel > 0 ? total : none, 0.0, result + (int64_t)row->index * numbers);
+    fm_finish_with(finish, row->numel > 0 ? total : none, 0.0, numbers, result + (int64_t)row->index * numbers);
   }
 }
 
@@ -366,6 +406,19 @@ template <int TERM>
 static void launch_reduce(const fm_cuda_launch &l, void *stream) {
   const int64_t blocks = (l.chunk_end - l.chunk_begin + FM_CUDA_CHUNKS - 1) / FM_CUDA_CHUNKS;
   FM_LAUNCH(fm_reduce_kernel<TERM>, blocks_for(blocks), FM_CUDA_CHUNKS * FM_CUDA_WARP, stream, l);
+}
+
+typedef struct fm_dot_launch {
+  int64_t apart;
+  void *stream;
+} fm_dot_launch;
+
+template <int LISTS>
+static void launch_dot(const fm_cuda_launch &l, void *context) {
+  const fm_dot_launch *d = (const fm_dot_launch *)context;
+  const int64_t tasks = (l.chunk_end - l.chunk_begin) * fm_dot_planes(LISTS);
+  const int64_t blocks = (tasks + FM_CUDA_CHUNKS - 1) / FM_CUDA_CHUNKS;
+  FM_LAUNCH(fm_dot_kernel<LISTS>, blocks_for(blocks), FM_CUDA_CHUNKS * FM_CUDA_WARP, d->stream, l, d->apart);
 }
 
 template <fm_update UPDATE>
@@ -442,7 +495,7 @@ static void launch_all(const fm_list *list, const fm_options *options, const fm_
     if (strided) {
       for (int k = 0; k < FM_MAX_OPERANDS; k++) {
         const fm_layout dense = {0, {0}, {0}};
-        l.layout[k] = list->rows[r].operand[k].layout != NULL ? *list->rows[r].operand[k].layout : dense;
+        l.alone.layout[k] = list->rows[r].operand[k].layout != NULL ? *list->rows[r].operand[k].layout : dense;
       }
       l.strided = true;
       flush(&l, launch, context);
@@ -453,17 +506,21 @@ static void launch_all(const fm_list *list, const fm_options *options, const fm_
 
 extern "C" int64_t fm_cuda_partials(int64_t chunks) { return chunks + chunks / (FM_CUDA_FOLD - 1) + 8; }
 
-static void fold(const fm_list *list, int term, fm_finish finish, double q, double *result, void *stream) {
+/* To `numbers` sums, four of which are a plane of partial results; all else is one number of one plane. */
+static void fold(const fm_list *list, int term, fm_finish finish, double q, int numbers, double *result, void *stream) {
+  const int64_t planes = (numbers + FM_DOT_PLANE - 1) / FM_DOT_PLANE;
   const fm_sum *from = list->partials;
   int64_t count = list->first_chunk[list->count];
+  const int64_t apart = fm_cuda_partials(count);
   fm_sum *to = list->partials + count;
   for (; count > FM_CUDA_FOLD; count = (count + FM_CUDA_FOLD - 1) / FM_CUDA_FOLD) {
     const int64_t blocks = (count + FM_CUDA_FOLD - 1) / FM_CUDA_FOLD;
-    FM_LAUNCH(fm_fold_kernel, blocks, FM_CUDA_FOLD / 2, stream, from, count, to, term, FM_FINISH_NONE, q, result);
+    FM_LAUNCH(fm_fold_kernel, planes * blocks, FM_CUDA_FOLD / 2, stream, from, count, to, apart, term, FM_FINISH_NONE,
+              q, numbers, result);
     from = to;
     to += blocks;
   }
-  FM_LAUNCH(fm_fold_kernel, 1, FM_CUDA_FOLD / 2, stream, from, count, to, term, finish, q, result);
+  FM_LAUNCH(fm_fold_kernel, planes, FM_CUDA_FOLD / 2, stream, from, count, to, apart, term, finish, q, numbers, result);
 }
 
 static void fold_rows(const fm_list *list, int term, fm_finish finish, int numbers, double *result, void *stream) {
@@ -478,20 +535,20 @@ extern "C" const char *fm_cuda_norm(const fm_list *list, const fm_options *optio
   const double q = options->q;
   if (q == 2.0) {
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_SQUARE>, stream);
-    fold(list, FM_TERM_SQUARE, FM_FINISH_ROOT, q, result, stream);
+    fold(list, FM_TERM_SQUARE, FM_FINISH_ROOT, q, 1, result, stream);
     return fm_launch_error();
   }
   if (q == 1.0 && !fm_any_wide(list)) {
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_MAGNITUDE>, stream);
-    fold(list, FM_TERM_MAGNITUDE, FM_FINISH_SUM, q, result, stream);
+    fold(list, FM_TERM_MAGNITUDE, FM_FINISH_SUMS, q, 1, result, stream);
     return fm_launch_error();
   }
   launch_all(list, options, &scalars, launch_reduce<FM_TERM_LARGEST>, stream);
-  fold(list, FM_TERM_LARGEST, FM_FINISH_SUM, q, result, stream);
+  fold(list, FM_TERM_LARGEST, FM_FINISH_SUMS, q, 1, result, stream);
   if (!isinf(q)) {
     scalars.norm = result;
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_POWER>, stream);
-    fold(list, FM_TERM_POWER, FM_FINISH_POWERS, q, result, stream);
+    fold(list, FM_TERM_POWER, FM_FINISH_POWERS, q, 1, result, stream);
   }
   return fm_launch_error();
 }
@@ -499,7 +556,19 @@ extern "C" const char *fm_cuda_norm(const fm_list *list, const fm_options *optio
 extern "C" const char *fm_cuda_ties(const fm_list *list, const fm_options *options, const fm_scalars *scalars,
                                     double *result, void *stream) {
   launch_all(list, options, scalars, launch_reduce<FM_TERM_TIES>, stream);
-  fold(list, FM_TERM_TIES, FM_FINISH_SUM, options->q, result, stream);
+  fold(list, FM_TERM_TIES, FM_FINISH_SUMS, options->q, 1, result, stream);
+  return fm_launch_error();
+}
+
+extern "C" const char *fm_cuda_dot(const fm_list *list, const fm_options *options, double *result, void *stream) {
+  const fm_scalars scalars = {};
+  fm_dot_launch context = {fm_cuda_partials(list->first_chunk[list->count]), stream};
+  switch (options->lists) {
+    case 2: launch_all(list, options, &scalars, launch_dot<2>, &context); break;
+    case 3: launch_all(list, options, &scalars, launch_dot<3>, &context); break;
+    default: launch_all(list, options, &scalars, launch_dot<FM_DOT_LISTS>, &context); break;
+  }
+  fold(list, FM_TERM_DOT, FM_FINISH_SUMS, 0.0, fm_dot_sums(options->lists), result, stream);
   return fm_launch_error();
 }
 
@@ -520,7 +589,7 @@ extern "C" const char *fm_cuda_row_norms(const fm_list *list, const fm_options *
 extern "C" const char *fm_cuda_update(fm_update update, const fm_list *list, const fm_options *options,
                                       const fm_scalars *scalars, double *result, void *stream) {
   switch (update) {
-#define FM_LAUNCH_CASE(update, name, reads, writes, tally, copy) \
+#define FM_LAUNCH_CASE(update, name, ...) \
   case update: launch_all(list, options, scalars, launch_update<update>, stream); break;
     FM_UPDATES(FM_LAUNCH_CASE)
 #undef FM_LAUNCH_CASE
@@ -528,7 +597,7 @@ extern "C" const char *fm_cuda_update(fm_update update, const fm_list *list, con
   }
   const int tally = fm_shape_of(update).tally;
   if (tally >= 0 && result != NULL) {
-    fold(list, tally, tally == FM_TERM_NOISE ? FM_FINISH_NOISE : FM_FINISH_SUM, 0.0, result, stream);
+    fold(list, tally, FM_FINISH_SUMS, 0.0, tally == FM_TERM_NOISE ? 3 : 1, result, stream);
   }
   return fm_launch_error();
 }

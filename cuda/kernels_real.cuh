@@ -103,10 +103,70 @@ FM_DEVICE fm_sum FM_NAME(fm_reduce_chunk)(const fm_cuda_launch *l, const fm_cuda
   return fm_fold_lanes<TERM, FM_NATIVE == FM_F64>(lanes);
 }
 
+/* ---- inner products ---- */
+
+/* The sums of one plane over a chunk, by a warp: thread t has lanes 8 t to 8 t + 7. */
+template <int LISTS, int PLANE>
+FM_DEVICE fm_sum FM_NAME(fm_dot_plane)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int thread) {
+  const int width = FM_NAME(FM_WIDTH), step = FM_NAME(FM_STEP);
+  const int first = PLANE * FM_DOT_PLANE, sums = fm_dot_sums(LISTS);
+  const int64_t n = fm_chunk_size(row, start);
+  const fm_sum none = {0.0, 0.0, 0.0, 0.0};
+  fm_sum lanes[FM_CUDA_SPAN] = {none, none, none, none, none, none, none, none};
+  for (int64_t span = FM_CUDA_SPAN * thread; span < n; span += FM_LANES) {
+#pragma unroll
+    for (int part = 0; part < FM_CUDA_SPAN; part += width) {
+      const int64_t i = span + part;
+      const int count = (int)(n - i < width ? n - i : width);
+      if (count <= 0) {
+        continue;
+      }
+      fm_bits in[LISTS];
+#pragma unroll
+      for (int k = fm_dot_a(LISTS, first); k < LISTS; k++) { /* no sum of a plane has a list before its first one's */
+        in[k] = fm_load<width>(l, row, k, start + i, count);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < step; j++) {
+          if (half * step + j < count) {
+            double product[FM_DOT_PLANE];
+#pragma unroll
+            for (int p = 0; p < FM_DOT_PLANE; p++) {
+              const int pair = first + p < sums ? first + p : first, a = fm_dot_a(LISTS, pair),
+                        b = fm_dot_b(LISTS, pair);
+              product[p] = first + p < sums ? (double)FM_NAME(fm_get)(in[a], row->dtype[a], half, j) *
+                                                  (double)FM_NAME(fm_get)(in[b], row->dtype[b], half, j)
+                                            : 0.0;
+            }
+            const fm_sum add = {product[0], product[1], product[2], product[3]};
+            fm_sum *lane = &lanes[(part + half * step + j) % FM_CUDA_SPAN];
+            *lane = fm_fold(*lane, add, FM_TERM_DOT);
+          }
+        }
+      }
+    }
+  }
+  return fm_fold_lanes<FM_TERM_DOT, FM_NATIVE == FM_F64>(lanes);
+}
+
+template <int LISTS>
+FM_DEVICE fm_sum FM_NAME(fm_dot_chunk)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int thread,
+                                       int plane) {
+  enum { LAST = (LISTS * (LISTS + 1) / 2 + FM_DOT_PLANE - 1) / FM_DOT_PLANE - 1 };
+  if (LAST == 0 || plane == 0) {
+    return FM_NAME(fm_dot_plane)<LISTS, 0>(l, row, start, thread);
+  }
+  if (LAST == 1 || plane == 1) {
+    return FM_NAME(fm_dot_plane) < LISTS, LAST<1 ? LAST : 1>(l, row, start, thread);
+  }
+  return FM_NAME(fm_dot_plane)<LISTS, LAST>(l, row, start, thread);
+}
+
 /* ---- updates ---- */
 
-static_assert(FM_PARAM == 0 && FM_MAX_OPERANDS == 8, "the operands that the macros below name by number");
-#define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+static_assert(FM_PARAM == 0 && FM_OLD == 1, "the operands that the text below names by number");
 
 /* Applies an update to `count` elements from i on, and adds to `lanes` what it tallies. */
 template <fm_update UPDATE>
@@ -119,8 +179,10 @@ FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_
   const bool draws = (shape.reads & FM_BIT(FM_DRAW)) && !(fm_absent(UPDATE, form) & FM_BIT(FM_DRAW));
   const bool by_chance = UPDATE == FM_ASCEND && o->random && (dtype == FM_BF16 || dtype == FM_F16);
   const fm_bits empty = {{0, 0, 0, 0, 0, 0, 0, 0}};
-  if (shape.copy == FM_COPY_FROM_BACKUP) {
-    fm_store<width>(l, row, FM_PARAM, i, count, fm_load<width>(l, row, FM_OLD, i, count));
+  if ((shape.reads | shape.writes) == 0) { /* copies, and nothing else */
+    const bool saves = shape.copy == FM_COPY_TO_BACKUP;
+    const fm_bits bits = fm_load<width>(l, row, saves ? FM_PARAM : FM_OLD, i, count);
+    fm_store<width>(l, row, saves ? FM_OLD : FM_PARAM, i, count, bits);
     return;
   }
   if (UPDATE == FM_ASCEND && !FM_NAME(fm_ascend_moves)(o)) {
@@ -132,7 +194,7 @@ FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_
   const fm_bits in_##k = (shape.reads & FM_BIT(k)) && has_##k ? fm_load<width>(l, row, k, i, count) : empty; \
   fm_bits out_##k = empty;
   FM_EACH_OPERAND(FM_OPEN)
-  if (shape.copy == FM_COPY_TO_BACKUP) {
+  if (shape.copy == FM_COPY_TO_BACKUP && has_1) {
     fm_store<width>(l, row, FM_OLD, i, count, in_0);
   }
 #pragma unroll 1
@@ -195,7 +257,7 @@ FM_DEVICE fm_sum FM_NAME(fm_update_chunk)(const fm_cuda_launch *l, const fm_cuda
   const int width = FM_NAME(FM_WIDTH);
   constexpr int tally = fm_tally_of<UPDATE>::term;
   const int64_t n = fm_chunk_size(row, start);
-  const int form = fm_form(UPDATE, o, &row->traits, row->data[FM_BUFFER] != NULL);
+  const int form = fm_form(UPDATE, o, &row->traits, fm_present_in(row));
   const fm_sum none = {0.0, 0.0, 0.0, 0.0};
   fm_sum lanes[FM_CUDA_SPAN] = {none, none, none, none, none, none, none, none};
   FM_NAME(fm_rule) rule;
@@ -212,5 +274,3 @@ FM_DEVICE fm_sum FM_NAME(fm_update_chunk)(const fm_cuda_launch *l, const fm_cuda
   }
   return tally >= 0 ? fm_fold_lanes<tally, false>(lanes) : none;
 }
-
-#undef FM_EACH_OPERAND

@@ -3,21 +3,18 @@
 The task, network and flags are those of the MNIST example of pytorch/examples; ``--optimizer`` chooses the optimizer.
 SAM is the wrapped optimizer in :func:`make_optimizer` and the two lines under ``active`` in :func:`train`.
 
-    python examples/mnist.py --plot mnist.png                  # SAM around Adadelta, torchvision downloads the data
-    python examples/mnist.py --optimizer adadelta              # the base line
+    python examples/mnist.py --plot mnist.png                  # SAM around Adadelta; mnist_data.py finds the data
+    python examples/mnist.py --compare --plot mnist.png        # Adadelta without and with SAM, in one figure
     python examples/mnist.py --data FOLDER                     # your own copy of the four .gz files, no network needed
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
-import struct
 import sys
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +25,7 @@ from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
 import flatmin
+from mnist_data import MEAN, STD, Data, UsageError, load
 
 # Learning rates for --lr left out, all meant for StepLR's decay by 0.7 per epoch. Adadelta's is the original example's.
 BASES = {
@@ -35,14 +33,6 @@ BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adam": (torch.optim.Adam, {"lr": 0.001}),
 }
-MEAN, STD = 0.1307, 0.3081  # of the training images, pixels scaled to [0, 1]
-IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # IDX: unsigned bytes (08) in three dimensions, in one
-TRAIN_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
-TEST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-
-
-class UsageError(Exception):
-    """Something that the person at the command line can put right."""
 
 
 class Net(nn.Module):
@@ -97,84 +87,28 @@ class Epoch(NamedTuple):
         return 100.0 * self.correct / self.tested
 
 
-def read_idx(path: Path, magic: int) -> Tensor:
-    """The uint8 array of a gzipped IDX file: big-endian magic number, one size per dimension, then the bytes."""
-    try:
-        raw = bytearray(gzip.decompress(path.read_bytes()))
-    except FileNotFoundError:
-        wanted = ", ".join(TRAIN_FILES + TEST_FILES)
-        raise UsageError(f"{path}: no such file; --data wants a folder with {wanted}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read as a gzip file ({error}); download it again") from error
-    header = 4 * (1 + magic % 256)
-    found, *shape = struct.unpack(f">{header // 4}I", raw[:header].ljust(header, b"\0"))
-    if found != magic:
-        raise UsageError(f"{path}: magic number {found:#06x}, expected {magic:#06x}; is it the right file?")
-    promised = header + math.prod(shape)
-    if len(raw) != promised:
-        size = f"{promised} bytes for {'x'.join(map(str, shape))} items"
-        raise UsageError(f"{path}: {len(raw)} bytes unpacked, but its header promises {size}; download it again")
-    if not shape[0]:
-        raise UsageError(f"{path}: holds no items; download it again")
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=header).reshape(shape)
-
-
-def read_folder(folder: Path, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 28, 28] and labels int64 [N] from the two IDX files ``names``."""
-    images = read_idx(folder / names[0], IMAGES_MAGIC)
-    labels = read_idx(folder / names[1], LABELS_MAGIC).long()
-    if images.shape[1:] != (28, 28):
-        raise UsageError(f"{folder / names[0]}: images of {images.shape[1]}x{images.shape[2]}, expected 28x28")
-    if len(labels) != len(images):
-        raise UsageError(f"{folder / names[1]}: {len(labels)} labels for the {len(images)} images of {names[0]}")
-    if labels.max() > 9:
-        raise UsageError(f"{folder / names[1]}: label {labels.max()}, expected 0 to 9")
-    return images, labels
-
-
-def download(train: bool) -> tuple[Tensor, Tensor]:
-    """The same two tensors from torchvision's dataset, downloaded to ``./data`` if they are not there yet."""
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"torchvision, which downloads MNIST, cannot be imported ({error}); install it (pip install torchvision), "
-            "or give a folder that holds the four .gz files: --data FOLDER"
-        ) from error
-    try:
-        dataset = datasets.MNIST("./data", train=train, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"MNIST could not be downloaded ({reason}); give a folder with it: --data FOLDER") from error
-    return dataset.data, dataset.targets
-
-
-def make_batches(args: argparse.Namespace, device: torch.device) -> tuple[Batches, Batches]:
+def make_batches(args: argparse.Namespace, data: Data, device: torch.device) -> tuple[Batches, Batches]:
     """Training batches, reshuffled every epoch, and test batches."""
-    if args.data is None:
-        (images, labels), test_set = download(train=True), download(train=False)
-    else:
-        (images, labels), test_set = read_folder(args.data, TRAIN_FILES), read_folder(args.data, TEST_FILES)
-    train_set = images[: args.limit_train], labels[: args.limit_train]
+    train_set = (part[: args.limit_train] for part in data.train)
     # A generator of its own: every optimizer sees the same batches, however many dropout masks its passes draw.
     shuffle = torch.Generator().manual_seed(args.seed)
     return (
         Batches(*(t.to(device) for t in train_set), args.batch_size, shuffle),
-        Batches(*(t.to(device) for t in test_set), args.test_batch_size),
+        Batches(*(t.to(device) for t in data.test), args.test_batch_size),
     )
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer named by ``--optimizer``, inside :class:`flatmin.SAM` if the name begins with ``sam-``."""
-    base_class, options = BASES[args.optimizer.removeprefix("sam-")]
+def make_optimizer(args: argparse.Namespace, name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of this name, inside :class:`flatmin.SAM` if it begins with ``sam-``."""
+    base_class, options = BASES[name.removeprefix("sam-")]
     if args.lr is not None:
         options = {**options, "lr": args.lr}
     try:
         optimizer = base_class(model.parameters(), **options)
-        if args.optimizer.startswith("sam-"):
+        if name.startswith("sam-"):
             optimizer = flatmin.SAM(optimizer, rho=args.rho, adaptive=args.adaptive)
     except ValueError as error:
-        raise UsageError(f"--optimizer {args.optimizer}: {error}") from error
+        raise UsageError(f"--optimizer {name}: {error}") from error
     return optimizer
 
 
@@ -217,33 +151,30 @@ def test(model: nn.Module, batches: Batches) -> tuple[float, int]:
     return loss / len(batches.labels), correct
 
 
-def plot(history: Sequence[Epoch], path: Path, title: str) -> None:
-    """Write a PNG with the losses and the test accuracy of every epoch."""
+def plot(runs: Mapping[str, Sequence[Epoch]], path: Path, title: str) -> None:
+    """Write a PNG with the losses and the test accuracy of every epoch, of one optimizer or of several by name."""
     # A Figure of its own, without pyplot: needs no display and no global state.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs = range(1, len(history) + 1)
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     figure.suptitle(title)
     losses, accuracy = figure.subplots(1, 2)
-    losses.plot(epochs, [e.train_loss for e in history], "o-", label="training (with dropout)")
-    losses.plot(epochs, [e.test_loss for e in history], "s-", label="test")
-    losses.set_ylabel("loss (nats per image)")
+    alone = len(runs) == 1
+    for i, (name, history) in enumerate(runs.items()):
+        epochs = range(1, len(history) + 1)
+        color = "C1" if alone else f"C{i}"
+        before, train_look = ("", {"color": "C0"}) if alone else (f"{name}, ", {"color": color, "ls": "--", "mfc": "w"})
+        losses.plot(epochs, [e.train_loss for e in history], marker="o", label=f"{before}training", **train_look)
+        losses.plot(epochs, [e.test_loss for e in history], "s-", color=color, label=f"{before}test")
+        label = f"{name}: {history[-1].accuracy:.2f} % at the end"
+        accuracy.plot(epochs, [e.accuracy for e in history], "s-", color=color, label=label)
+    losses.set_ylabel("loss (nats per image; training with dropout)")
     losses.set_ylim(bottom=0)
-    losses.legend(frameon=False)
-    accuracy.plot(epochs, [e.accuracy for e in history], "s-", color="C1")
     accuracy.set_ylabel("test accuracy (% of images)")
-    accuracy.annotate(
-        f"{history[-1].accuracy:.2f} %",
-        (len(history), history[-1].accuracy),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-    )
     for axes in (losses, accuracy):
+        axes.legend(frameon=False)
         axes.set_xlabel("epoch")
         axes.set_xlim(0.5, len(history) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -274,17 +205,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="one training batch and one test pass, to see that all works")
     add("--seed", type=int, default=1, metavar="S", help="seed of weights, batch order and dropout (1)")
     add("--log-interval", type=positive_int, default=10, metavar="N", help="batches between two losses shown (10)")
-    add("--save-model", action="store_true", help="write the trained weights to mnist_cnn.pt")
+    add("--save-model", action="store_true", help="write the trained weights (of --compare, SAM's) to mnist_cnn.pt")
 
     names = [*BASES, *(f"sam-{name}" for name in BASES)]
     add("--optimizer", choices=names, default="sam-adadelta", help="plain, or inside flatmin.SAM (sam-adadelta)")
     add("--rho", type=float, default=0.05, help="SAM: radius of the perturbation (0.05)")
     add("--adaptive", action="store_true", help="SAM: radius relative to the weights (ASAM; papers use rho 0.5 to 2)")
+    add("--compare", action="store_true", help="train the optimizer without SAM and with it, from the same seed")
     add(
         "--data",
-        type=Path,
         metavar="FOLDER",
-        help="folder with the four MNIST .gz files (downloaded to ./data)",
+        help="folder with the four MNIST .gz files, or 'digits' for scikit-learn's (./data, else torchvision downloads "
+        "to it, else the digits)",
     )
     add("--plot", type=Path, metavar="PNG", help="write the training curves to this file")
     add("--threads", type=positive_int, metavar="N", help="CPU threads (torch's choice)")
@@ -305,20 +237,15 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path}: the folder {path.parent} does not exist")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, test after every epoch, and leave the files that were asked for."""
-    if args.plot is not None:
-        check_plot(args.plot)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    device = torch.device("cpu")
-    if not args.no_accel and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    train_batches, test_batches = make_batches(args, device)
+def fit(args: argparse.Namespace, name: str, data: Data, device: torch.device) -> tuple[nn.Module, list[Epoch], float]:
+    """A network trained by the optimizer of this name, its epochs, and the seconds that they took.
 
+    Weights, batches and dropout come from ``--seed`` anew, so two optimizers start from the same point.
+    """
+    torch.manual_seed(args.seed)
+    train_batches, test_batches = make_batches(args, data, device)
     model = Net().to(device)
-    optimizer = make_optimizer(args, model)
+    optimizer = make_optimizer(args, name, model)
     scheduler = StepLR(optimizer, step_size=1, gamma=args.gamma)
 
     history: list[Epoch] = []
@@ -333,17 +260,39 @@ def run(args: argparse.Namespace) -> None:
             f"Accuracy: {last.correct}/{last.tested} ({last.accuracy:.0f}%)\n",
             flush=True,
         )
-    seconds = time.perf_counter() - start
+    return model, history, time.perf_counter() - start
 
+
+def run(args: argparse.Namespace) -> None:
+    """Train, test after every epoch, and leave the files that were asked for."""
+    if args.plot is not None:
+        check_plot(args.plot)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cpu")
+    if not args.no_accel and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    data = load(args.data)
+    base = args.optimizer.removeprefix("sam-")
+    names = [base, f"sam-{base}"] if args.compare else [args.optimizer]
+    count = f"{args.epochs} epoch" + "s" * (args.epochs > 1)
+
+    runs: dict[str, list[Epoch]] = {}
+    results = []
+    for name in names:
+        if args.compare:
+            print(f"Training with {name}", flush=True)
+        model, runs[name], seconds = fit(args, name, data, device)
+        last = runs[name][-1]
+        results.append(
+            f"Final test accuracy: {last.accuracy:.2f}% ({last.correct}/{last.tested}), "
+            f"optimizer {name}, {count}, {seconds:.0f} s"
+        )
     if args.save_model:
         torch.save(model.state_dict(), "mnist_cnn.pt")
-    count = f"{args.epochs} epoch" + "s" * (args.epochs > 1)
     if args.plot is not None:
-        plot(history, args.plot, f"MNIST, {args.optimizer}, {count}")
-    print(
-        f"Final test accuracy: {last.accuracy:.2f}% ({last.correct}/{last.tested}), "
-        f"optimizer {args.optimizer}, {count}, {seconds:.0f} s"
-    )
+        plot(runs, args.plot, f"{data.name}, {' and '.join(names)}, {count}")
+    print("\n".join(results))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,23 +5,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import requirements
+from drawing import HYPOTHESIS
 
-settings.register_profile(
-    "flatmin",
-    deadline=None,  # a first call loads a library or compiles: its time says nothing
-    derandomize=True,
-    max_examples=40,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("flatmin")
+if HYPOTHESIS:
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "flatmin",
+        deadline=None,  # a first call loads a library or compiles: its time says nothing
+        derandomize=True,
+        max_examples=40,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("flatmin")
 
 
 @pytest.fixture
@@ -40,6 +44,14 @@ _left_out: Counter[str] = Counter()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda(devices=1, gib=0): runs on so many GPUs, with so much memory")
     config.addinivalue_line("markers", "requires(part): needs a part that requirements.PARTS names")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``pytest -m cuda`` opens only the modules that have such a test: a machine that is lent for its GPU may lack what
+    the others import."""
+    if config.option.markexpr != "cuda" or collection_path.suffix != ".py":
+        return None
+    return True if "mark.cuda" not in collection_path.read_text() else None
 
 
 def _missing(item: pytest.Item) -> str | None:

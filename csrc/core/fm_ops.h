@@ -10,13 +10,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "fm_math.h"
+#include "updates.h"
 
 enum {
   FM_CHUNK = 4096,   /* elements of one partial result */
   FM_LANES = 256,    /* running sums inside a chunk: element i adds to lane i % 256, then lanes fold in halves */
   FM_BLOCK = 128,    /* elements that pass through a kernel's buffers at a time: short, so that streams interleave */
-  FM_GRAIN = 16,     /* chunks below which a list is not split over threads: about 10 us of work */
+  FM_GRAIN = 16,     /* chunks below which a list is not split over threads: waking them takes as long */
   FM_MAX_DIMS = 16,  /* dimensions that remain after merging adjacent ones */
   FM_ALIGNMENT = 64, /* of each tensor in a backup, in bytes */
 };
@@ -45,6 +45,15 @@ typedef struct fm_row {
   bool wide; /* float64 arithmetic: some operand is float64 */
 } fm_row;
 
+/* FM_BIT of each operand that there is. */
+static inline unsigned fm_present(const fm_row *row) {
+  unsigned present = 0;
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    present |= row->operand[k].data != NULL ? FM_BIT(k) : 0;
+  }
+  return present;
+}
+
 /* parallel_for(begin, end, grain, fn, context) calls fn on disjoint ranges that cover [begin, end). */
 typedef void (*fm_range_fn)(int64_t begin, int64_t end, void *context);
 typedef void (*fm_parallel_for)(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context);
@@ -53,7 +62,7 @@ typedef struct fm_list {
   fm_row *rows;
   int64_t count;
   int64_t *first_chunk; /* count + 1 entries: row r owns chunks [first_chunk[r], first_chunk[r + 1]) */
-  fm_sum *partials;     /* one a chunk; NULL where nothing is summed */
+  fm_sum *partials;     /* one a chunk (dot: fm_dot_planes of them); NULL where nothing is summed */
 } fm_list;
 
 /* What one thread runs: a share of a list's chunks. */
@@ -76,10 +85,14 @@ typedef struct fm_kernels {
   int isa; /* 1 baseline, 3 and 4 x86-64-v3 and -v4 */
   fm_kernel *update[FM_UPDATE_COUNT];
   fm_kernel *reduce[FM_REDUCTION_COUNT];
+  fm_kernel *dot;
 } fm_kernels;
 
 /* The table in use: the best that the processor runs, or what the environment variable FM_ISA (base, v3, v4) names. */
 extern const fm_kernels *fm_active_kernels;
+
+/* The number of the best table that this processor runs; it runs those below too. */
+int fm_best_isa(void);
 
 static inline int64_t fm_chunks_of(int64_t numel) { return (numel + FM_CHUNK - 1) / FM_CHUNK; }
 
@@ -106,6 +119,10 @@ static inline bool fm_any_wide(const fm_list *list) {
 /* The operators. Reductions, and updates that tally, need list->partials. */
 double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
 double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+
+/* The inner products of options->lists lists, which are the operands 0, 1 and so on: fm_dot_sums numbers, the upper
+ * triangle of the Gram matrix row by row. A number is not finite if an element of its lists is not. */
+void fm_dot(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for);
 
 /* Two numbers a row: PACGen's sum and how many elements are capped. */
 void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for);

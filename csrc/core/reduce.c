@@ -7,10 +7,7 @@
 /* A store past the caches saves reading the line that it overwrites, but the next pass must fetch what it wrote from
  * memory. It pays once the four arrays of a step (weights, gradients, backup, momentum) exceed what the last-level
  * cache has to spare. A virtual machine is told the cache of a socket, or of several, while its neighbours use it too;
- * hence the cap. On two cores of an EPYC that share 32 MiB a step took, with streaming stores, 1.8 times as long at
- * 10 MB of arrays, 1.2 times at 27 and 1.1 times at 40 MB, the same at 60 and 0.9 of the time at 85 MB; with 32 MiB for
- * each core, the same at 30 MB; on a Xeon, at 85 MB, 1.15 times as long in a quiet minute and half as long in a busy
- * one. */
+ * hence the cap (docs/performance.md). */
 static bool exceeds_cache(int64_t bytes) {
   static int64_t limit = 0;
   if (limit == 0) {
@@ -97,6 +94,20 @@ double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for p
 
 double fm_ties(const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
   return reduce(FM_TERM_TIES, list, options, parallel_for).mid;
+}
+
+void fm_dot(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
+  const int64_t chunks = list->first_chunk[list->count];
+  const int count = fm_dot_sums(options->lists);
+  assert(options->lists >= 2 && options->lists <= FM_DOT_LISTS);
+  run(fm_active_kernels->dot, list, options, parallel_for);
+  for (int plane = 0; plane < fm_dot_planes(options->lists); plane++) {
+    const fm_sum sum = fold_partials(list->partials + plane * chunks, chunks, FM_TERM_DOT);
+    const double four[FM_DOT_PLANE] = {sum.mid, sum.big, sum.small, sum.rest};
+    for (int j = 0; j < FM_DOT_PLANE && plane * FM_DOT_PLANE + j < count; j++) {
+      result[plane * FM_DOT_PLANE + j] = four[j];
+    }
+  }
 }
 
 void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {

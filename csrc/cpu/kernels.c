@@ -9,13 +9,10 @@
 
 #include <assert.h>
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
-#define FM_INLINE static inline __attribute__((always_inline))
-
 #include "philox_simd.h"
+#include "vectorise.h"
+
+#define FM_OUTLINE __attribute__((noinline)) /* by its name tests/test_build.py finds it */
 
 enum { FM_CACHE_LINE = 64 };
 
@@ -180,8 +177,8 @@ typedef struct fm_way {
 /* Lanes that stay in registers over the rows of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
 enum { FM_LANE_GROUP = 32 };
 
-/* The lanes that n elements use, up to a power of two that folds in halves. The others would add zeros: for a tensor of
- * a few elements that was nine tenths of its norm. */
+/* The lanes that n elements use, up to a power of two that folds in halves. The others would add zeros, most
+ * of the work for a tensor of a few elements. */
 FM_INLINE int lanes_of(int64_t n) {
   int used = 1;
   while (used < FM_LANES && used < n) {
@@ -194,7 +191,7 @@ FM_INLINE int lanes_of(int64_t n) {
  */
 static __attribute__((noinline)) void clear(void *memory, size_t bytes) { memset(memory, 0, bytes); }
 
-/* Without parts the other three are left as they are: clearing them took a tenth of a norm's time in cache. */
+/* Without parts the other three are left as they are, which shows in cache. */
 FM_INLINE void clear_lanes(fm_lanes *lanes, int used, bool parts) {
   const size_t bytes = (size_t)used * sizeof(double);
   clear(lanes->mid, bytes);
@@ -263,8 +260,8 @@ static fm_ahead gradients_behind(const fm_list *list, int64_t r, int64_t at) {
 }
 
 /* Fills the lanes with sums of squares: `rows` times FM_LANES elements. gcc would convert eight floats at a time, in
- * halves of which one has to be moved first: 43 GB/s in cache (one core of an EPYC), this 63. What is asked for goes to
- * the first cache although half of it is in use: to the second, 4 x 4096^2 took 1.1 to 1.2 times as long. */
+ * halves of which one has to be moved first. What is asked for goes to the first cache although half of it is in use:
+ * from the second it comes too late (docs/performance.md). */
 static void square_lanes(double *lanes, const float *elements, int64_t rows, fm_ahead ahead) {
   enum { WIDTH = 4, SUMS = FM_LANE_GROUP / WIDTH, LINE = FM_CACHE_LINE / (int)sizeof(float) };
   for (int first = 0; first < FM_LANES; first += FM_LANE_GROUP) {
@@ -315,11 +312,39 @@ FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int used, int term, bool wide) {
   return sum;
 }
 
-FM_INLINE fm_shape shape_of_form(fm_update update, int form) {
-  fm_shape shape = fm_shape_of(update);
-  shape.reads &= ~fm_absent(update, form);
-  shape.writes &= ~fm_absent(update, form);
-  return shape;
+/* ---- inner products: a vector of doubles is a few lanes of each sum ---- */
+
+#if defined(__AVX512F__)
+enum { FM_PACK = 8 };
+#elif defined(__AVX__)
+enum { FM_PACK = 4 };
+#else
+enum { FM_PACK = 2 };
+#endif
+typedef double fm_pack __attribute__((vector_size(FM_PACK * sizeof(double))));
+
+typedef struct fm_products {
+  double sum[FM_DOT_SUMS][FM_LANES];
+} fm_products;
+
+/* Halves on halves, as fold_lanes. Plane p goes to partials[p * apart]. */
+FM_INLINE void fold_products(fm_products *products, int used, int lists, fm_sum *partials, int64_t apart) {
+  const int count = fm_dot_sums(lists);
+  for (int pair = 0; pair < count; pair++) {
+    double *sum = products->sum[pair];
+    for (int half = used / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; l++) {
+        sum[l] += sum[l + half];
+      }
+    }
+  }
+  for (int plane = 0; plane < fm_dot_planes(lists); plane++) {
+    double four[FM_DOT_PLANE] = {0.0};
+    for (int j = 0; j < FM_DOT_PLANE && plane * FM_DOT_PLANE + j < count; j++) {
+      four[j] = products->sum[plane * FM_DOT_PLANE + j][0];
+    }
+    partials[plane * apart] = (fm_sum){four[0], four[1], four[2], four[3]};
+  }
 }
 
 /* What an update copies besides, to the backup or from it. */
@@ -330,10 +355,6 @@ FM_INLINE const fm_view *copy_source(const fm_row *row, fm_shape shape) {
 FM_INLINE const fm_view *copy_target(const fm_row *row, fm_shape shape) {
   return &row->operand[shape.copy == FM_COPY_TO_BACKUP ? FM_OLD : FM_PARAM];
 }
-
-/* X(k) for each slot k that an update can read or write: straight text, so that arrays of slots become registers. */
-#define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-static_assert(FM_MAX_OPERANDS == 8, "FM_EACH_OPERAND");
 
 /* ---- the same loops for float and double arithmetic ---- */
 
@@ -367,14 +388,16 @@ static_assert(FM_MAX_OPERANDS == 8, "FM_EACH_OPERAND");
     for_rows(job, chunk_begin, chunk_end, name##_row);                                 \
   }
 #define FM_REDUCTION_KERNEL(term, name) FM_KERNEL(name)
-#define FM_UPDATE_KERNEL(update, name, reads, writes, tally, copy) FM_KERNEL(update_##name)
+#define FM_UPDATE_KERNEL(update, name, ...) FM_KERNEL(update_##name)
 FM_REDUCTIONS(FM_REDUCTION_KERNEL)
+FM_KERNEL(dot)
 FM_UPDATES(FM_UPDATE_KERNEL)
 
 const fm_kernels FM_KERNELS_NAME = {
     .isa = FM_ISA_NUMBER,
-#define FM_UPDATE_ENTRY(update, name, reads, writes, tally, copy) [(update)] = update_##name,
+#define FM_UPDATE_ENTRY(update, name, ...) [(update)] = update_##name,
 #define FM_REDUCTION_ENTRY(term, name) [(term)] = (name),
     .update = {FM_UPDATES(FM_UPDATE_ENTRY)},
     .reduce = {FM_REDUCTIONS(FM_REDUCTION_ENTRY)},
+    .dot = dot,
 };

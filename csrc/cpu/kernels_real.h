@@ -169,8 +169,7 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
     fm_lanes held;
     copy_lanes(&held, 0, lanes, first, group, parts);
     for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
-      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it came at 0.48 ns per
-       * element where 0.34 is possible (one thread of an EPYC) */
+      /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it would come late */
       const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
       const int64_t next = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + (i - first) / FM_LANES * group;
       for (int64_t ahead = next; ahead < next + group; ahead += line) {
@@ -197,7 +196,7 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
     const int used = lanes_of(chunk_end - chunk);
     fm_way way = {term, row->traits.scaling, full, pacgen};
     fm_lanes lanes;
-    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* a tenth of the time in cache */
+    if (!FM_NAME(by_square_lanes)(way, chunk_end - chunk)) { /* which fills them itself */
       clear_lanes(&lanes, used, parts);
     }
     if (pacgen) {
@@ -227,19 +226,96 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
 FM_REDUCTIONS(FM_REDUCTION)
 #undef FM_REDUCTION
 
+/* ---- inner products ---- */
+
+FM_INLINE void FM_NAME(unpack)(fm_pack *pack, const FM_REAL *from) {
+  typedef FM_REAL vector __attribute__((vector_size(FM_PACK * sizeof(FM_REAL))));
+  vector elements;
+  memcpy(&elements, from, sizeof elements);
+  *pack = __builtin_convertvector(elements, fm_pack);
+}
+
+/* Fills the lanes of every sum with the products of n elements. */
+FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *const *v, int64_t n, int used, int lists) {
+  const int64_t rows = n / FM_LANES;
+  const int count = fm_dot_sums(lists);
+  if (rows == 0) {
+    for (int pair = 0; pair < count; pair++) {
+      clear(products->sum[pair], (size_t)used * sizeof(double));
+    }
+  }
+  for (int first = 0; rows > 0 && first < FM_LANES; first += FM_PACK) {
+    fm_pack x[FM_DOT_LISTS], sum[FM_DOT_SUMS];
+#pragma GCC unroll 10
+    for (int pair = 0; pair < count; pair++) {
+      sum[pair] = (fm_pack){0.0};
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t ahead = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + row * FM_PACK; /* as add_chunk */
+#pragma GCC unroll 4
+      for (int k = 0; k < lists; k++) {
+        __builtin_prefetch(v[k] + ahead);
+        FM_NAME(unpack)(&x[k], v[k] + row * FM_LANES + first);
+      }
+#pragma GCC unroll 10
+      for (int pair = 0; pair < count; pair++) {
+        sum[pair] += x[fm_dot_a(lists, pair)] * x[fm_dot_b(lists, pair)];
+      }
+    }
+#pragma GCC unroll 10
+    for (int pair = 0; pair < count; pair++) {
+      memcpy(products->sum[pair] + first, &sum[pair], sizeof sum[pair]);
+    }
+  }
+#pragma GCC unroll 10
+  for (int pair = 0; pair < count; pair++) {
+    const FM_REAL *a = v[fm_dot_a(lists, pair)] + rows * FM_LANES, *b = v[fm_dot_b(lists, pair)] + rows * FM_LANES;
+    for (int l = 0; l < (int)(n % FM_LANES); l++) {
+      products->sum[pair][l] += (double)a[l] * (double)b[l];
+    }
+  }
+}
+
+/* `lists` is a constant where this is inlined. */
+FM_INLINE void FM_NAME(dot_chunks)(const fm_job *job, int64_t r, int64_t begin, int64_t end, int lists) {
+  const fm_list *list = job->list;
+  FM_REAL blocks[FM_DOT_LISTS][FM_CHUNK];
+  double scratch[FM_CHUNK];
+  fm_products products;
+  for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
+    const int64_t n = min64(FM_CHUNK, end - chunk);
+    const int used = lanes_of(n);
+    const FM_REAL *v[FM_DOT_LISTS];
+    for (int k = 0; k < lists; k++) {
+      v[k] = FM_NAME(load)(&list->rows[r].operand[k], chunk, n, blocks[k], scratch);
+    }
+    FM_NAME(multiply_chunk)(&products, v, n, used, lists);
+    fold_products(&products, used, lists, list->partials + list->first_chunk[r] + chunk / FM_CHUNK,
+                  list->first_chunk[list->count]);
+  }
+}
+
+static void FM_NAME(dot)(const fm_job *job, int64_t row, int64_t begin, int64_t end) {
+  switch (job->options->lists) {
+    case 2: FM_NAME(dot_chunks)(job, row, begin, end, 2); break;
+    case 3: FM_NAME(dot_chunks)(job, row, begin, end, 3); break;
+    default: FM_NAME(dot_chunks)(job, row, begin, end, FM_DOT_LISTS); break;
+  }
+}
+
 /* ---- updates ---- */
 
 /* Applies a rule to n elements; in[k] and out[k], the values of slot k, may be one memory. */
 FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *const *in, FM_REAL *const *out,
                                     int64_t n, const FM_NAME(fm_rule) * rule) {
-  const fm_shape shape = shape_of_form(update, form);
+  const fm_shape shape = fm_shape_of_form(update, form);
 #define FM_POINTERS(k)                 \
   const FM_REAL *const in_##k = in[k]; \
   FM_REAL *const out_##k = out[k];
   FM_EACH_OPERAND(FM_POINTERS)
   const FM_REAL *const draw = in[FM_DRAW];
   FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
-#pragma GCC ivdep
+  FM_INDEPENDENT
   for (int64_t i = 0; i < n; i++) {
     FM_REAL v[FM_SLOTS] = {0};
 #define FM_GET(k)                \
@@ -269,8 +345,8 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   }
 }
 
-/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double, half as
- * many at a time, they were a fifth of the time of an average in cache. */
+/* Lanes of what is exact in FM_REAL in any order: maxima, and counts of at most FM_CHUNK / FM_LANES. In double
+ * half as many go at a time. */
 typedef struct FM_NAME(fm_exact) {
   FM_REAL first[FM_LANES], second[FM_LANES];
 } FM_NAME(fm_exact);
@@ -281,9 +357,11 @@ FM_INLINE void FM_NAME(add_tally)(fm_lanes *lanes, FM_NAME(fm_exact) * exact, in
   const FM_REAL *a = out[FM_TALLY], *b = out[FM_TALLY + 1], *c = out[FM_TALLY + 2];
   double *mid = lanes->mid + at;
   FM_REAL *first = exact->first + at, *second = exact->second + at;
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_LARGEST && i < n; i++) {
     first[i] = FM_NAME(fm_larger)(first[i], a[i]);
   }
+  FM_INDEPENDENT
   for (int64_t i = 0; term == FM_TERM_NOISE && i < n; i++) {
     mid[i] += (double)a[i];
     first[i] += b[i];
@@ -357,9 +435,9 @@ FM_INLINE bool FM_NAME(is_plain)(const fm_row *row, fm_shape shape) {
   return plain;
 }
 
-/* A whole block of a plain update: straight text for one length, two thirds of the time of the general way in cache. So
- * few instructions go by a line of memory that the processor has the next lines under way: asking for them ahead made
- * 4 x 4096^2 take 1.2 times as long (two cores of an EPYC). */
+/* A whole block of a plain update: straight text for one length, much faster in cache. So few instructions go by a
+ * line of memory that the processor has the next lines under way, and asking for them ahead only costs time
+ * (docs/performance.md). */
 FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_slots) * slots, const fm_row *row,
                                            fm_shape shape, int64_t at, FM_NAME(fm_blocks) * blocks,
                                            const FM_NAME(fm_rule) * rule, bool moves, bool streaming) {
@@ -393,7 +471,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
                                    int form) {
   const fm_row *row = &job->list->rows[r];
   const fm_options *o = job->options;
-  const fm_shape shape = shape_of_form(update, form);
+  const fm_shape shape = fm_shape_of_form(update, form);
   const bool moves = update != FM_ASCEND || FM_NAME(fm_ascend_moves)(o);
   const bool random = update == FM_ASCEND && o->random && fm_dtype_size(row->operand[FM_PARAM].dtype) == 2;
   const bool tallies = shape.tally >= 0 && job->list->partials != NULL;
@@ -403,7 +481,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   memset(&given, 0, sizeof given);
   FM_NAME(fm_set_rule)(&given, update, o, &row->traits);
   __asm__("" : "+m"(given));           /* gcc would see what its flags are made of, and have bools again */
-  const FM_NAME(fm_rule) rule = given; /* which no store can reach: in registers an SGD step takes 0.3 ns, else 0.6 */
+  const FM_NAME(fm_rule) rule = given; /* which no store can reach, so that it stays in registers */
   FM_NAME(fm_blocks) blocks;
   FM_NAME(fm_slots) slots;
   fm_stream stream;
@@ -471,20 +549,20 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       FM_NAME(update_row)(job, row, begin, end, update, form); \
     }                                                          \
     break;
-#define FM_UPDATE_ROW(update, name, reads, writes, tally, copy)                                    \
-  static void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    const fm_row *const its = &job->list->rows[row];                                               \
-    switch (fm_form(update, job->options, &its->traits, its->operand[FM_BUFFER].data != NULL)) {   \
-      FM_FORM_CASE(update, 0)                                                                      \
-      FM_FORM_CASE(update, 1)                                                                      \
-      FM_FORM_CASE(update, 2)                                                                      \
-      FM_FORM_CASE(update, 3)                                                                      \
-      FM_FORM_CASE(update, 4)                                                                      \
-      FM_FORM_CASE(update, 5)                                                                      \
-      FM_FORM_CASE(update, 6)                                                                      \
-      FM_FORM_CASE(update, 7)                                                                      \
-      default: break;                                                                              \
-    }                                                                                              \
+#define FM_UPDATE_ROW(update, name, ...)                                                                      \
+  static FM_OUTLINE void FM_NAME(update_##name)(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
+    const fm_row *const its = &job->list->rows[row];                                                          \
+    switch (fm_form(update, job->options, &its->traits, fm_present(its))) {                                   \
+      FM_FORM_CASE(update, 0)                                                                                 \
+      FM_FORM_CASE(update, 1)                                                                                 \
+      FM_FORM_CASE(update, 2)                                                                                 \
+      FM_FORM_CASE(update, 3)                                                                                 \
+      FM_FORM_CASE(update, 4)                                                                                 \
+      FM_FORM_CASE(update, 5)                                                                                 \
+      FM_FORM_CASE(update, 6)                                                                                 \
+      FM_FORM_CASE(update, 7)                                                                                 \
+      default: break;                                                                                         \
+    }                                                                                                         \
   }
 FM_UPDATES(FM_UPDATE_ROW)
 #undef FM_FORM_CASE

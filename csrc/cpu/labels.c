@@ -4,12 +4,6 @@
  * each, of which they use one word. */
 #include "fm_label_ops.h"
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
-#define FM_INLINE static inline __attribute__((always_inline))
-
 #include "philox_simd.h"
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,11 +1,13 @@
-/* Random numbers for a block of elements. Included by kernels.c.
+/* Random numbers for a block of elements. Included by kernels.c and labels.c.
  *
- * fm_philox written for vectors: gcc 12 leaves the 32-bit multiplications of its ten rounds scalar (2.1 ns an element
- * on AVX2, against 0.7 with these). Words lie in 64-bit lanes, since the vector multiplication takes the lower half of
- * each and gives 64 bits; what XORs leave in the upper halves never gets into a product. The quads of a vector are
- * ordered so that the words come out in the order of the elements from unpacking alone. */
+ * fm_philox written for vectors: gcc leaves the 32-bit multiplications of its ten rounds scalar. Words lie in 64-bit
+ * lanes, since the vector multiplication takes the lower half of each and gives 64 bits; what XORs leave in the upper
+ * halves never gets into a product. The quads of a vector are ordered so that the words come out in the order of the
+ * elements from unpacking alone. */
 #ifndef FM_PHILOX_SIMD_H
 #define FM_PHILOX_SIMD_H
+
+#include "vectorise.h"
 
 enum { FM_ROUNDS = 10 };
 
@@ -126,7 +128,7 @@ static void draw_block(const fm_stream *stream, int law, int64_t at, float *draw
   uint32_t words[FM_BLOCK];
   random_block(stream, at, words);
   if (law == FM_LAW_NORMAL) {
-#pragma GCC ivdep
+    FM_INDEPENDENT
     for (int i = 0; i < FM_BLOCK; i += 2) {
       const float radius = fm_normal_radius(words[i]);
       float cosine, sine;

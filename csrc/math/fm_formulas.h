@@ -1,4 +1,4 @@
-/* The update rules, one line of mathematics each. Included by fm_math.h twice: FM_REAL is the type of the arithmetic
+/* The update rules, one line of mathematics each. Included by updates.h twice: FM_REAL is the type of the arithmetic
  * (float for float32, bfloat16 and float16; double for float64), FM_NAME(x) is x_f32 or x_f64. */
 
 /* T(w). */
@@ -39,7 +39,7 @@ FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, int scaling, const fm_o
 }
 
 /* torch.optim.SGD, in torch's order and with its roundings: each add with a factor is one fma. A flag is a number, 0 or
- * 1: gcc 12 vectorises a choice by a number that does not change in the loop, and none by such a bool. */
+ * 1: gcc vectorises a choice by a number that does not change in the loop, and none by such a bool. */
 typedef struct FM_NAME(fm_sgd) {
   FM_REAL minus_lr, momentum, one_minus_dampening, weight_decay;
   FM_REAL first_step, nesterov, maximize;
@@ -118,6 +118,57 @@ FM_HD FM_REAL FM_NAME(fm_adam_step)(FM_REAL w, FM_REAL m, FM_REAL v, const FM_NA
   return start + o->minus_step_size * (m / denominator);
 }
 
+/* Lion (Chen et al. 2023, arXiv 2302.06675, Algorithm 2), in the order and with the roundings of its implementations in
+ * torch: the decay first, a step of lr by the sign of one average, and then the other average. A NaN of the gradient
+ * stays one. */
+typedef struct FM_NAME(fm_lion) {
+  FM_REAL beta1, one_minus_beta1, beta2, one_minus_beta2, minus_lr, shrink; /* shrink = 1 - lr * weight_decay */
+  FM_REAL maximize;
+} FM_NAME(fm_lion);
+
+FM_HD FM_NAME(fm_lion) FM_NAME(fm_lion_of)(const fm_options *o) {
+  FM_NAME(fm_lion) lion;
+  lion.beta1 = (FM_REAL)o->beta1;
+  lion.one_minus_beta1 = (FM_REAL)(1.0 - o->beta1);
+  lion.beta2 = (FM_REAL)o->beta2;
+  lion.one_minus_beta2 = (FM_REAL)(1.0 - o->beta2);
+  lion.minus_lr = (FM_REAL)-o->lr;
+  lion.shrink = (FM_REAL)(1.0 - o->lr * o->weight_decay);
+  lion.maximize = (FM_REAL)o->maximize;
+  return lion;
+}
+
+FM_HD FM_REAL FM_NAME(fm_lion_step)(FM_REAL w, FM_REAL m, FM_REAL d, const FM_NAME(fm_lion) * o) {
+  const FM_REAL c = FM_FMA(o->one_minus_beta1, d, o->beta1 * m);
+  const FM_REAL sign = c > 0 ? (FM_REAL)1 : c < 0 ? (FM_REAL)-1 : c; /* 0, or a NaN */
+  return FM_FMA(o->minus_lr, sign, w * o->shrink);
+}
+
+FM_HD FM_REAL FM_NAME(fm_lion_mean)(FM_REAL m, FM_REAL d, const FM_NAME(fm_lion) * o) {
+  return FM_FMA(o->one_minus_beta2, d, o->beta2 * m);
+}
+
+/* ---- linear combinations ---- */
+
+/* c y + (b x + a g), from the inside out, each sum one fma. A term whose coefficient is 0 in this arithmetic is left
+ * out, so that a list that has no part in the result passes no NaN or infinity on. */
+typedef struct FM_NAME(fm_blend) {
+  FM_REAL a, b, c;
+} FM_NAME(fm_blend);
+
+FM_HD FM_NAME(fm_blend) FM_NAME(fm_blend_of)(const fm_options *o) {
+  FM_NAME(fm_blend) blend;
+  blend.a = (FM_REAL)o->coefficient[0];
+  blend.b = (FM_REAL)o->coefficient[1];
+  blend.c = (FM_REAL)o->coefficient[2];
+  return blend;
+}
+
+/* sum + factor x. */
+FM_HD FM_REAL FM_NAME(fm_add_multiple)(FM_REAL sum, FM_REAL factor, FM_REAL x) {
+  return factor != 0 ? FM_FMA(factor, x, sum) : sum;
+}
+
 /* ---- noise by curvature (Wang et al. 2018, arXiv 1809.07402) ---- */
 
 typedef struct FM_NAME(fm_noise) {
@@ -141,10 +192,10 @@ FM_HD FM_REAL FM_NAME(fm_neighbourhood)(FM_REAL w, const FM_NAME(fm_noise) * o) 
   return FM_FMA(o->gamma, FM_ABS(w), o->eps);
 }
 
-/* Square root of c = max(h + rho N, 0); a NaN stays one. */
+/* Square root of c = max(h + rho N, 0); NaN if h + rho N is not finite, whichever way: it says nothing of a size. */
 FM_HD FM_REAL FM_NAME(fm_root_curvature)(FM_REAL h, FM_REAL lipschitz, FM_REAL n, const FM_NAME(fm_noise) * o) {
-  const FM_REAL c = FM_FMA(o->lipschitz * lipschitz, n, o->curvature_scale * h);
-  return FM_SQRT(c < 0 ? (FM_REAL)0 : c);
+  const FM_REAL c = FM_FMA(o->lipschitz * lipschitz, n, o->curvature_scale * h), zero = c - c;
+  return FM_SQRT(c < 0 ? zero : c + zero);
 }
 
 /* w + sigma xi; w itself where sigma is 0 or not finite. A given size may be negative: the other side of w. */
@@ -203,6 +254,8 @@ typedef struct FM_NAME(fm_rule) {
   FM_REAL step, eta;
   FM_NAME(fm_sgd) sgd;
   FM_NAME(fm_adam) adam;
+  FM_NAME(fm_lion) lion;
+  FM_NAME(fm_blend) blend;
   FM_NAME(fm_noise) noise;
   FM_NAME(fm_average) average;
 } FM_NAME(fm_rule);
@@ -214,13 +267,21 @@ FM_HD void FM_NAME(fm_set_rule)(FM_NAME(fm_rule) * rule, fm_update update, const
       rule->step = (FM_REAL)(o->rho / (o->norm + o->eps));
       rule->eta = (FM_REAL)o->eta;
       break;
-    case FM_RESTORE_SGD_CURVATURE: rule->average = FM_NAME(fm_average_of)(o); /* fall through */
-    case FM_RESTORE_SGD: rule->sgd = FM_NAME(fm_sgd_of)(o); break;
-    case FM_RESTORE_ADAM_CURVATURE: rule->average = FM_NAME(fm_average_of)(o); /* fall through */
-    case FM_RESTORE_ADAM: rule->adam = FM_NAME(fm_adam_of)(o, t->bias_correction1, t->root_bias_correction); break;
+    case FM_AXPY: rule->step = (FM_REAL)o->scale; break;
+    case FM_BLEND: rule->blend = FM_NAME(fm_blend_of)(o); break;
+    case FM_RESTORE_SGD:
+    case FM_RESTORE_SGD_CURVATURE: rule->sgd = FM_NAME(fm_sgd_of)(o); break;
+    case FM_RESTORE_ADAM:
+    case FM_RESTORE_ADAM_CURVATURE:
+      rule->adam = FM_NAME(fm_adam_of)(o, t->bias_correction1, t->root_bias_correction);
+      break;
+    case FM_RESTORE_LION:
+    case FM_RESTORE_LION_CURVATURE: rule->lion = FM_NAME(fm_lion_of)(o); break;
     case FM_SCALED_NOISE: rule->noise = FM_NAME(fm_noise_of)(o); break;
-    case FM_AVERAGE: rule->average = FM_NAME(fm_average_of)(o); break;
     default: break;
+  }
+  if (fm_shape_of(update).writes & FM_BIT(FM_CURVATURE)) {
+    rule->average = FM_NAME(fm_average_of)(o);
   }
 }
 
@@ -243,6 +304,18 @@ FM_HD void FM_NAME(fm_apply_adam)(FM_REAL *v, const FM_NAME(fm_adam) * o, bool a
     v[FM_LARGEST] = square;
   }
   v[FM_PARAM] = FM_NAME(fm_adam_step)(v[FM_OLD], v[FM_MEAN], square, o);
+}
+
+FM_HD void FM_NAME(fm_apply_lion)(FM_REAL *v, const FM_NAME(fm_lion) * o) {
+  const FM_REAL d = o->maximize != 0 ? -v[FM_GRAD] : v[FM_GRAD];
+  v[FM_PARAM] = FM_NAME(fm_lion_step)(v[FM_OLD], v[FM_MEAN], d, o);
+  v[FM_MEAN] = FM_NAME(fm_lion_mean)(v[FM_MEAN], d, o);
+}
+
+FM_HD void FM_NAME(fm_apply_blend)(FM_REAL *v, const FM_NAME(fm_blend) * o, bool third) {
+  FM_REAL sum = o->a != 0 ? o->a * v[FM_PARAM] : (FM_REAL)0;
+  sum = FM_NAME(fm_add_multiple)(sum, o->b, v[FM_GRAD]);
+  v[FM_PARAM] = third ? FM_NAME(fm_add_multiple)(sum, o->c, v[FM_THIRD]) : sum;
 }
 
 /* Feeds the average with x and takes the quotient over the displacement of the weight; NaN if the average broke. */
@@ -274,7 +347,7 @@ FM_HD void FM_NAME(fm_apply_noise)(FM_REAL *v, const FM_NAME(fm_noise) * o, int 
   v[FM_TALLY + 2] = finite ? (FM_REAL)0 : (FM_REAL)1;
 }
 
-/* One element of an update. `update` and `form` (see fm_form in fm_math.h) are constants where this is inlined. */
+/* One element of an update. `update` and `form` (see fm_form in updates.h) are constants where this is inlined. */
 FM_HD void FM_NAME(fm_apply)(fm_update update, int form, FM_REAL *v, const FM_NAME(fm_rule) * rule) {
   switch (update) {
     case FM_ASCEND:
@@ -282,16 +355,14 @@ FM_HD void FM_NAME(fm_apply)(fm_update update, int form, FM_REAL *v, const FM_NA
                         ? FM_NAME(fm_ascend_2)(v[FM_PARAM], v[FM_GRAD], rule->step, form, rule->eta)
                         : FM_NAME(fm_ascend_q)(v[FM_PARAM], v[FM_GRAD], form - FM_FORM_ANY_POWER, rule->options);
       break;
-    case FM_RESTORE_SGD: FM_NAME(fm_apply_sgd)(v, &rule->sgd, form); break;
-    case FM_RESTORE_ADAM: FM_NAME(fm_apply_adam)(v, &rule->adam, form); break;
-    case FM_RESTORE_SGD_CURVATURE:
-      FM_NAME(fm_apply_sgd)(v, &rule->sgd, form);
-      FM_NAME(fm_apply_average)(v, v[FM_GRAD] * v[FM_GRAD], &rule->average);
-      break;
-    case FM_RESTORE_ADAM_CURVATURE:
-      FM_NAME(fm_apply_adam)(v, &rule->adam, form);
-      FM_NAME(fm_apply_average)(v, v[FM_GRAD] * v[FM_GRAD], &rule->average);
-      break;
+    case FM_AXPY: v[FM_PARAM] = FM_NAME(fm_add_multiple)(v[FM_PARAM], rule->step, v[FM_GRAD]); break;
+    case FM_BLEND: FM_NAME(fm_apply_blend)(v, &rule->blend, form); break;
+    case FM_RESTORE_SGD:
+    case FM_RESTORE_SGD_CURVATURE: FM_NAME(fm_apply_sgd)(v, &rule->sgd, form); break;
+    case FM_RESTORE_ADAM:
+    case FM_RESTORE_ADAM_CURVATURE: FM_NAME(fm_apply_adam)(v, &rule->adam, form); break;
+    case FM_RESTORE_LION:
+    case FM_RESTORE_LION_CURVATURE: FM_NAME(fm_apply_lion)(v, &rule->lion); break;
     case FM_SCALED_NOISE: FM_NAME(fm_apply_noise)(v, &rule->noise, form / 2, form % 2); break;
     case FM_AVERAGE:
       FM_NAME(fm_apply_average)(v,
@@ -302,5 +373,8 @@ FM_HD void FM_NAME(fm_apply)(fm_update update, int form, FM_REAL *v, const FM_NA
       break;
     case FM_PROBE: v[FM_PARAM] = v[FM_DRAW]; break;
     default: break;
+  }
+  if (update != FM_AVERAGE && (fm_shape_of(update).writes & FM_BIT(FM_CURVATURE))) { /* a base step that learns */
+    FM_NAME(fm_apply_average)(v, v[FM_GRAD] * v[FM_GRAD], &rule->average);
   }
 }

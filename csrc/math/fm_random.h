@@ -1,4 +1,4 @@
-/* Random numbers: Philox words and what is made of them, for C17 and CUDA alike; fm_math.h says what is allowed here.
+/* Random numbers: Philox words and what is made of them, for C17 and CUDA alike; bits.h says what is allowed here.
  *
  * A number depends on (seed, draw, stream, tensor, element) alone: not on threads, blocks, instruction set or device.
  * The polynomials are minimax fits (Lawson's iteration on 4000 Chebyshev nodes in double, rounded to float); the errors
@@ -6,44 +6,7 @@
 #ifndef FM_RANDOM_H
 #define FM_RANDOM_H
 
-#include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
-
-#ifdef __CUDACC__
-#define FM_HD static __host__ __device__ __forceinline__
-#elif defined(FM_EMULATE) || defined(__SANITIZE_ADDRESS__)
-#define FM_HD static inline
-#else
-#define FM_HD static inline __attribute__((always_inline)) /* a call in a loop keeps it from being vectorised */
-#endif
-
-/* ---- bit casts ---- */
-
-FM_HD uint32_t fm_bits_f32(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-FM_HD float fm_f32_bits(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-FM_HD uint64_t fm_bits_f64(double x) {
-  uint64_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-FM_HD double fm_f64_bits(uint64_t u) {
-  double x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
+#include "bits.h"
 
 /* ---- Philox4x32-10 (Salmon et al. 2011), the counter-based generator of Random123 ---- */
 

@@ -6,8 +6,8 @@
 #include "fm_label_ops.h"
 #include "torch_args.h"
 
-/* What a backend is asked for: a reduction, or an update of the table in fm_math.h. */
-typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
+/* What a backend is asked for: a reduction, or an update of the table in updates.h. */
+typedef enum fm_operator { FM_OP_NORM, FM_OP_TIES, FM_OP_DOT, FM_OP_PACGEN, FM_OP_ROW_NORMS, FM_OP_UPDATE } fm_operator;
 
 typedef struct fm_backend {
   /* Sparse keys too: a sparse tensor sends the call there, and the checks then name the argument. NULL ends the list.
@@ -15,8 +15,9 @@ typedef struct fm_backend {
   const char *dispatch_keys[4];
   bool defines_operators; /* the library that owns the namespace: the CPU's, which is always loaded */
   int32_t (*device_type)(void);
-  int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for */
-  int (*isa)(void);
+  int64_t (*partials)(int64_t chunks); /* partial results that a reduction over so many chunks needs room for; dot
+                                        * needs fm_dot_planes times as many */
+  int (*isa)(void), (*best_isa)(void);
   /* Runs an operator whose arguments are checked. `scalars` and `result` lie on the device; an update writes to
    * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */
   bool (*run)(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,

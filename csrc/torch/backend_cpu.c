@@ -1,66 +1,17 @@
 /* The CPU backend: the core's operators on torch's threads. */
 #include "backend.h"
+#include "threads.h"
 
-#include <stdalign.h>
-#include <stdatomic.h>
-
-/* A range is dealt out in so many pieces: enough for a hundred threads to end together, and few, since each starts
- * with memory that nothing has asked for yet. More threads than pieces would have nothing to do. */
-enum { FM_PIECES = 256, FM_MOST_SHARES = FM_PIECES };
-
-/* What is left of a part of a range. */
-typedef struct fm_share {
-  alignas(64) _Atomic int64_t next; /* threads that count on one cache line wait for each other */
-  int64_t end;
-} fm_share;
-
-/* A range, a share of it for each thread. */
-typedef struct fm_deal {
-  fm_share share[FM_MOST_SHARES];
-  int64_t shares, piece;
-  fm_range_fn fn;
-  void *context;
-} fm_deal;
-
-static void finish_share(const fm_deal *deal, fm_share *share) {
-  int64_t at = 0;
-  while ((at = atomic_fetch_add_explicit(&share->next, deal->piece, memory_order_relaxed)) < share->end) {
-    deal->fn(at, at + deal->piece < share->end ? at + deal->piece : share->end, deal->context);
-  }
+/* Torch's own threads, so their number and pool are those that the user set. */
+static void on_torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context) {
+  torch_parallel_for(begin, end, grain, fn, context);
 }
 
-/* For threads [begin, end): each its own share, then what the others have left. */
-static void take_shares(int64_t begin, int64_t end, void *context) {
-  fm_deal *deal = context;
-  for (int64_t own = begin; own < end; own++) {
-    for (int64_t k = 0; k < deal->shares; k++) {
-      finish_share(deal, &deal->share[(own + k) % deal->shares]);
-    }
-  }
-}
-
-/* The core's parallel_for runs on torch's own threads, so their number and pool are those that the user set. torch
- * would give each a share and wait for the slowest: a core whose sibling serves another tenant takes 1.5 times as long,
- * an efficiency core 2 to 3 times. Here a thread that has done its share helps out with the others', piece after piece.
- * Its share comes first, since it is the same in every pass: where each core has a cache of its own, the ascent finds
- * there the gradients that the norm has read. On two cores of an EPYC with a cache each (160 ns from one to the other)
- * the loops of a step of EfficientNet-B0 take 2.5 ms, with pieces for whichever thread came next 3.3; on two cores of
- * one cache (27 ns) the same. */
+/* The core's parallel_for. */
 static void torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context) {
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
-  const int64_t count = end - begin, useful = (count + grain - 1) / grain, piece = count / FM_PIECES;
-  fm_deal deal; /* 16 KB, of which the first shares are used */
-  deal.fn = fn;
-  deal.context = context;
-  deal.piece = piece > grain ? piece : grain;
-  deal.shares = threads < useful ? threads : useful;
-  deal.shares = deal.shares < FM_MOST_SHARES ? deal.shares : FM_MOST_SHARES;
-  for (int64_t t = 0; t < deal.shares; t++) {
-    atomic_init(&deal.share[t].next, begin + count * t / deal.shares);
-    deal.share[t].end = begin + count * (t + 1) / deal.shares;
-  }
-  torch_parallel_for(0, deal.shares, 1, take_shares, &deal);
+  fm_steal_work(on_torch_threads, threads, begin, end, grain, fn, context);
 }
 
 static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
@@ -80,6 +31,7 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
   switch (op) {
     case FM_OP_NORM: *result = fm_norm(list, &o, torch_threads); break;
     case FM_OP_TIES: *result = fm_ties(list, &o, torch_threads); break;
+    case FM_OP_DOT: fm_dot(list, &o, result, torch_threads); break;
     case FM_OP_PACGEN: fm_pacgen(list, &o, result, torch_threads); break;
     case FM_OP_ROW_NORMS: fm_row_norms(list, &o, result, torch_threads); break;
     case FM_OP_UPDATE: sum = fm_run_update(update, list, &o, torch_threads); break;
@@ -136,6 +88,7 @@ const fm_backend fm_this_backend = {
     .device_type = aoti_torch_device_type_cpu,
     .partials = partials,
     .isa = isa,
+    .best_isa = fm_best_isa,
     .run = run,
     .corrupt_labels = corrupt_labels,
     .draw_samples = draw_samples,

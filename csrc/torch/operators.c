@@ -1,117 +1,10 @@
 /* The operators: schema, checks, and the call of the backend that this file is linked with. Nothing of a device is
  * here. Arguments are taken by the names that they have in the schema. */
-#include "backend.h"
+#include <inttypes.h>
+
 #include "label_operators.h"
-
-#include <assert.h>
-
-/* ---- arguments by name ---- */
-
-/* -1 if the operator has none of that name. */
-static int find(const fm_args *args, const char *name) {
-  for (int a = 0; a < args->count; a++) {
-    if (strcmp(args->arg[a].name, name) == 0) {
-      return a;
-    }
-  }
-  return -1;
-}
-
-/* For a name that the schema has. */
-static const fm_arg *get(const fm_args *args, const char *name) {
-  const int a = find(args, name);
-  assert(a >= 0);
-  return &args->arg[a];
-}
-
-static double number(const fm_args *args, const char *name) { return get(args, name)->number; }
-
-static int64_t integer(const fm_args *args, const char *name) { return get(args, name)->integer; }
-
-static int64_t length(const fm_args *args, const char *name) { return get(args, name)->count; }
-
-static bool take_scalar(fm_args *args, const char *name, const double **value) {
-  return fm_take_scalars(args, find(args, name), 1, value);
-}
-
-static bool take_exponent(fm_args *args, double *q) {
-  *q = number(args, "q");
-  return *q >= 1.0 || fm_fail(args, "q: %g given, but a norm needs 1 <= q <= infinity", *q);
-}
-
-static bool take_not_negative(fm_args *args, const char *name, double *value) {
-  *value = number(args, name);
-  return *value >= 0.0 || fm_fail(args, "%s: %g given, but it must not be negative", name, *value);
-}
-
-static bool take_choice(fm_args *args, const char *name, int most, const char *meaning, int *value) {
-  const int64_t given = integer(args, name);
-  *value = (int)given;
-  return (given >= 0 && given <= most) ||
-         fm_fail(args, "%s: %lld given, but it is %s", name, (long long)given, meaning);
-}
-
-/* Gives each row its T(w). ASAM scales weights only, not biases and norm layers: tensors of two dimensions or more. */
-static bool take_scaling(fm_args *args, const fm_arg *tensors, bool for_norm, fm_list *list) {
-  int scaling = 0;
-  if (!take_choice(args, "scaling", FM_SCALE_BIG_VISION, "0 (none), 1 (asam), 2 (davda54) or 3 (big_vision)",
-                   &scaling)) {
-    return false;
-  }
-  for (int64_t r = 0; r < list->count; r++) {
-    const bool unscaled =
-        (scaling == FM_SCALE_ASAM && tensors->tensors[r].dims < 2) || (scaling == FM_SCALE_BIG_VISION && for_norm);
-    list->rows[r].traits.scaling = unscaled ? FM_SCALE_NONE : scaling;
-  }
-  return true;
-}
-
-/* The lists of an operator, the first one first; a list that may be empty is an operand only if it is not. */
-enum { FM_MOST_LISTS = FM_MAX_OPERANDS };
-typedef struct fm_lists {
-  fm_operand operand[FM_MOST_LISTS];
-  int count;
-} fm_lists;
-
-static void add_list(const fm_args *args, fm_lists *lists, const char *name, int operand, fm_use use) {
-  lists->operand[lists->count++] = (fm_operand){find(args, name), operand, use};
-}
-
-static void add_if_any(const fm_args *args, fm_lists *lists, const char *name, int operand, fm_use use) {
-  if (length(args, name) > 0) {
-    add_list(args, lists, name, operand, use);
-  }
-}
-
-/* ---- results ---- */
-
-static bool new_result(fm_args *args, int64_t dims, const int64_t *sizes, fm_slot *result, double **data) {
-  const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
-  void *memory = NULL;
-  if (aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float64(), args->device_type, args->device_index,
-                               &result->tensor) ||
-      torch_get_mutable_data_ptr(result->tensor, &memory)) {
-    return fm_fail(args, "flatmin: torch could not allocate a result");
-  }
-  *data = memory;
-  return true;
-}
-
-/* Runs an operator that returns a float64 tensor of these sizes, summed over chunks. */
-static bool run_to_result(fm_args *args, fm_operator op, fm_update update, fm_list *list, const fm_options *o,
-                          const fm_scalars *scalars, int64_t dims, const int64_t *sizes, StableIValue *stack) {
-  fm_slot result = {.tensor = NULL};
-  double *data = NULL;
-  if (!fm_take_partials(args, fm_this_backend.partials, list) || !new_result(args, dims, sizes, &result, &data)) {
-    return false;
-  }
-  if (!fm_this_backend.run(args, op, update, list, o, scalars, data)) {
-    aoti_torch_delete_tensor_object(result.tensor);
-    return false;
-  }
-  stack[0] = result.value;
-  return true;
-}
+#include "named_args.h"
+#include "schemas.h"
 
 /* ---- reductions ---- */
 
@@ -138,6 +31,28 @@ static bool op_ties(fm_args *args, StableIValue *stack) {
   fm_options o = {0};
   fm_scalars s = {0};
   return take_scalar(args, "norm", &s.norm) && reduce(args, FM_OP_TIES, &o, &s, stack);
+}
+
+/* The operands of the inner products are the lists in their order, whatever the names of the operands. */
+static bool op_dot(fm_args *args, StableIValue *stack) {
+  const char *const names[FM_DOT_LISTS] = {"a", "b", "c", "d"};
+  fm_lists lists = {.count = 0};
+  fm_options o = {0};
+  const fm_scalars none = {0};
+  fm_list list = {0};
+  for (int k = 0; k < FM_DOT_LISTS; k++) {
+    if (k < 2 || length(args, names[k]) > 0) {
+      add_list(args, &lists, names[k], k, FM_READ_ANY_TYPE);
+      if (lists.count != k + 1) {
+        return fm_fail(args, "%s has 0 tensors and %s has %" PRId64 "; give one for each", names[k - 1], names[k],
+                       length(args, names[k]));
+      }
+    }
+  }
+  o.lists = lists.count;
+  const int64_t sums = fm_dot_sums(o.lists);
+  return fm_take_rows(args, lists.operand, lists.count, &list) &&
+         run_to_result(args, FM_OP_DOT, FM_UPDATE_COUNT, &list, &o, &none, 1, &sums, stack);
 }
 
 static bool op_pacgen(fm_args *args, StableIValue *stack) {
@@ -180,12 +95,6 @@ static bool run_update(fm_args *args, fm_update update, const fm_list *list, con
   return fm_this_backend.run(args, FM_OP_UPDATE, update, list, o, s, NULL);
 }
 
-/* The same for an update whose tally of one number is the result. */
-static bool run_tallied(fm_args *args, fm_update update, fm_list *list, const fm_options *o, const fm_scalars *s,
-                        StableIValue *stack) {
-  return run_to_result(args, FM_OP_UPDATE, update, list, o, s, 0, NULL, stack);
-}
-
 /* What an ascent takes besides the norm and T(w). */
 static bool take_ascent(fm_args *args, fm_options *o, fm_scalars *s, fm_list *list) {
   fm_lists lists = {.count = 0};
@@ -220,7 +129,7 @@ static bool op_sam_norm_ascend_(fm_args *args, StableIValue *stack) {
   if (isinf(o.q)) {
     return fm_fail(args, "q: infinity given, where ties share the radius; call norm, ties and sam_ascend_");
   }
-  if (!take_scaling(args, &args->arg[0], true, &list) || !fm_take_partials(args, fm_this_backend.partials, &list) ||
+  if (!take_scaling(args, &args->arg[0], true, &list) || !fm_take_partials(args, fm_this_backend.partials, 1, &list) ||
       !new_result(args, 0, NULL, &result, &norm)) {
     return false;
   }
@@ -234,6 +143,16 @@ static bool op_sam_norm_ascend_(fm_args *args, StableIValue *stack) {
   return true;
 }
 
+static bool op_save_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  const fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  return take_lists(args, &lists, "backup", &list) && run_update(args, FM_SAVE, &list, &o, &s);
+}
+
 static bool op_restore_(fm_args *args, StableIValue *stack) {
   (void)stack;
   fm_lists lists = {.count = 0};
@@ -244,14 +163,23 @@ static bool op_restore_(fm_args *args, StableIValue *stack) {
   return take_lists(args, &lists, "backup", &list) && run_update(args, FM_RESTORE, &list, &o, &s);
 }
 
-/* Averages of a curvature and of its quotients beside a base step. A 16-bit weight moves by other than what the step
- * computed, and mostly not at all. */
+/* The lists that hold averages of a curvature and of its quotients, and how they are averaged. */
 static bool take_averages(fm_args *args, fm_lists *lists, fm_options *o) {
   add_list(args, lists, "curvatures", FM_CURVATURE, FM_WRITE);
   add_if_any(args, lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
+  return take_fraction(args, "decay", &o->decay) && take_fraction(args, "lipschitz_decay", &o->lipschitz_decay) &&
+         take_not_negative(args, "min_step", &o->min_step);
+}
+
+/* The same beside a base step, if there are any: `curvatures` may be empty. A 16-bit weight moves by other than what
+ * the step computed, and mostly not at all. */
+static bool take_averages_of_step(fm_args *args, fm_lists *lists, fm_options *o) {
+  if (length(args, "curvatures") == 0) {
+    const int64_t quotients = length(args, "lipschitz");
+    return quotients == 0 ||
+           fm_fail(args, "curvatures has 0 tensors and lipschitz has %" PRId64 "; give one for each", quotients);
+  }
   o->source_scale = 1.0;
-  o->decay = number(args, "decay");
-  o->lipschitz_decay = number(args, "lipschitz_decay");
   const fm_arg *params = &args->arg[0];
   for (int64_t i = 0; i < params->count; i++) {
     if (params->tensors[i].dtype == aoti_torch_dtype_bfloat16() ||
@@ -262,10 +190,46 @@ static bool take_averages(fm_args *args, fm_lists *lists, fm_options *o) {
                      (long long)i);
     }
   }
-  return take_not_negative(args, "min_step", &o->min_step);
+  return take_averages(args, lists, o);
 }
 
-static bool sgd(fm_args *args, bool averages, StableIValue *stack) {
+/* The lists of a base step. An empty backup stands for the parameters as they are: a step from where they are is the
+ * same pass, which reads each element before it writes it. */
+static bool take_stepped(fm_args *args, const fm_lists *lists, fm_list *list) {
+  if (args->arg[find(args, "backup")].tensors[0].numel != 0) {
+    return take_lists(args, lists, "backup", list);
+  }
+  if (!take_lists(args, lists, NULL, list)) {
+    return false;
+  }
+  for (int64_t i = 0; i < list->count; i++) {
+    list->rows[i].operand[FM_OLD] = list->rows[i].operand[FM_PARAM];
+  }
+  return true;
+}
+
+/* Runs a base step: by itself, when there is nothing to return, or with averages, when the largest quotient is. */
+static bool run_step(fm_args *args, fm_update step, fm_list *list, const fm_options *o, fm_scalars *s,
+                     StableIValue *stack) {
+  const int64_t none = 0;
+  fm_slot result = {.tensor = NULL};
+  double *data = NULL;
+  if (length(args, "curvatures") > 0) {
+    return fm_take_scalars(args, find(args, "corrections"), 2, &s->corrections) &&
+           run_to_result(args, FM_OP_UPDATE, fm_with_curvature(step), list, o, s, 0, NULL, stack);
+  }
+  if (!new_result(args, 1, &none, &result, &data)) {
+    return false;
+  }
+  if (!run_update(args, step, list, o, s)) {
+    aoti_torch_delete_tensor_object(result.tensor);
+    return false;
+  }
+  stack[0] = result.value;
+  return true;
+}
+
+static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
   fm_options o = {.momentum = number(args, "momentum"),
                   .dampening = number(args, "dampening"),
@@ -283,20 +247,9 @@ static bool sgd(fm_args *args, bool averages, StableIValue *stack) {
   if (o.momentum != 0.0) {
     add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
   }
-  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
-      !take_scalar(args, "lr", &s.lr)) {
-    return false;
-  }
-  if (!averages) {
-    return run_update(args, FM_RESTORE_SGD, &list, &o, &s);
-  }
-  return fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
-         run_tallied(args, FM_RESTORE_SGD_CURVATURE, &list, &o, &s, stack);
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
+         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
 }
-
-static bool op_restore_sgd_(fm_args *args, StableIValue *stack) { return sgd(args, false, stack); }
-
-static bool op_restore_sgd_curvature_(fm_args *args, StableIValue *stack) { return sgd(args, true, stack); }
 
 /* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
 static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *count) {
@@ -343,7 +296,7 @@ static bool take_steps(fm_args *args, int a, const fm_options *o, fm_list *list)
   return true;
 }
 
-static bool adam(fm_args *args, bool averages, StableIValue *stack) {
+static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
   fm_options o = {.beta1 = number(args, "beta1"),
                   .beta2 = number(args, "beta2"),
@@ -365,15 +318,9 @@ static bool adam(fm_args *args, bool averages, StableIValue *stack) {
   if (o.amsgrad) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
-  if ((averages && !take_averages(args, &lists, &o)) || !take_lists(args, &lists, "backup", &list) ||
-      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list)) {
-    return false;
-  }
-  if (!averages && !run_update(args, FM_RESTORE_ADAM, &list, &o, &s)) {
-    return false;
-  }
-  if (averages && (!fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) ||
-                   !run_tallied(args, FM_RESTORE_ADAM_CURVATURE, &list, &o, &s, stack))) {
+  if (!take_averages_of_step(args, &lists, &o) || !take_stepped(args, &lists, &list) ||
+      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list) ||
+      !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
     return false;
   }
   for (int64_t r = 0; r < list.count; r++) {
@@ -384,9 +331,50 @@ static bool adam(fm_args *args, bool averages, StableIValue *stack) {
   return true;
 }
 
-static bool op_restore_adam_(fm_args *args, StableIValue *stack) { return adam(args, false, stack); }
+static bool op_restore_lion_(fm_args *args, StableIValue *stack) {
+  fm_lists lists = {.count = 0};
+  fm_options o = {.beta1 = number(args, "beta1"),
+                  .beta2 = number(args, "beta2"),
+                  .weight_decay = number(args, "weight_decay"),
+                  .maximize = integer(args, "maximize")};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "grads", FM_GRAD, FM_READ);
+  add_list(args, &lists, "exp_avgs", FM_MEAN, FM_WRITE);
+  return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
+         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_LION, &list, &o, &s, stack);
+}
 
-static bool op_restore_adam_curvature_(fm_args *args, StableIValue *stack) { return adam(args, true, stack); }
+/* ---- linear combinations ---- */
+
+static bool op_blend_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "grads", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "x", FM_GRAD, FM_READ);
+  add_if_any(args, &lists, "y", FM_THIRD, FM_READ);
+  return take_lists(args, &lists, NULL, &list) &&
+         fm_take_scalars(args, find(args, "coefficients"), 3, &s.coefficients) &&
+         run_update(args, FM_BLEND, &list, &o, &s);
+}
+
+/* An empty backup is none: nothing is saved. */
+static bool op_axpy_(fm_args *args, StableIValue *stack) {
+  (void)stack;
+  fm_lists lists = {.count = 0};
+  const fm_options o = {0};
+  fm_scalars s = {0};
+  fm_list list = {0};
+  add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
+  add_list(args, &lists, "x", FM_GRAD, FM_READ);
+  const bool saves = get(args, "backup")->tensors[0].numel > 0;
+  return take_lists(args, &lists, saves ? "backup" : NULL, &list) && take_scalar(args, "scale", &s.scale) &&
+         run_update(args, FM_AXPY, &list, &o, &s);
+}
 
 /* ---- noise and curvature ---- */
 
@@ -396,14 +384,18 @@ static bool op_scaled_noise_(fm_args *args, StableIValue *stack) {
   fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
-  if (!take_choice(args, "sizing", FM_SIZE_GIVEN, "0 (neighbourhood), 1 (curvature) or 2 (given)", &o.sizing) ||
-      !take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal), 2 (truncated_normal) or 3 (rademacher)",
+  const bool curved = length(args, "curvatures") > 0, given = length(args, "sizes") > 0;
+  if (curved && given) {
+    return fm_fail(args, "curvatures and sizes are both given, but the size of the noise comes from one of them");
+  }
+  o.sizing = curved ? FM_SIZE_CURVATURE : given ? FM_SIZE_GIVEN : FM_SIZE_NEIGHBOURHOOD;
+  if (!take_choice(args, "law", FM_LAW_RADEMACHER, "0 (uniform), 1 (normal), 2 (truncated_normal) or 3 (rademacher)",
                    &o.law)) {
     return false;
   }
   add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
-  if (o.sizing != FM_SIZE_NEIGHBOURHOOD) {
-    add_list(args, &lists, "sizes", FM_CURVATURE, FM_READ);
+  if (curved || given) {
+    add_list(args, &lists, curved ? "curvatures" : "sizes", FM_CURVATURE, FM_READ);
   }
   add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_READ);
   return take_not_negative(args, "gamma", &o.gamma) && take_not_negative(args, "eps", &o.eps) &&
@@ -431,9 +423,7 @@ static bool op_probe_(fm_args *args, StableIValue *stack) {
 
 static bool op_curvature_(fm_args *args, StableIValue *stack) {
   fm_lists lists = {.count = 0};
-  fm_options o = {.source_scale = number(args, "source_scale"),
-                  .decay = number(args, "decay"),
-                  .lipschitz_decay = number(args, "lipschitz_decay")};
+  fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
   const bool quotients = length(args, "params") > 0;
@@ -443,15 +433,15 @@ static bool op_curvature_(fm_args *args, StableIValue *stack) {
   if (quotients) { /* first: the backup has the parameters' order */
     add_list(args, &lists, "params", FM_PARAM, FM_READ);
   }
-  add_list(args, &lists, "curvatures", FM_CURVATURE, FM_WRITE);
+  if (!take_averages(args, &lists, &o) || !take_finite(args, "source_scale", &o.source_scale)) {
+    return false;
+  }
   add_list(args, &lists, "sources", FM_GRAD, FM_READ_ANY_TYPE);
-  add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_WRITE);
-  return take_not_negative(args, "min_step", &o.min_step) &&
-         take_lists(args, &lists, quotients ? "backup" : NULL, &list) &&
+  return take_lists(args, &lists, quotients ? "backup" : NULL, &list) &&
          fm_take_scalars(args, find(args, "corrections"), 2, &s.corrections) &&
          (o.source == FM_SOURCE_PROBED ? fm_take_full_key(args, find(args, "key"), &s.key)
                                        : fm_take_key(args, find(args, "key"), &s.key)) &&
-         run_tallied(args, FM_AVERAGE, &list, &o, &s, stack);
+         run_to_result(args, FM_OP_UPDATE, FM_AVERAGE, &list, &o, &s, 0, NULL, stack);
 }
 
 static bool op_isa(fm_args *args, StableIValue *stack) {
@@ -460,56 +450,13 @@ static bool op_isa(fm_args *args, StableIValue *stack) {
   return true;
 }
 
-/* ---- the table ---- */
+static bool op_best_isa(fm_args *args, StableIValue *stack) {
+  (void)args;
+  stack[0] = (fm_slot){.integer = fm_this_backend.best_isa()}.value;
+  return true;
+}
 
-/* name, whether it has a kernel for each device (no tensor argument: nothing to dispatch on), schema */
-#define FM_OPERATORS(X)                                                                                               \
-  X(norm, true, "norm(Tensor[] tensors, Tensor[] weights, float q, int scaling, float eta) -> Tensor")                \
-  X(ties, true, "ties(Tensor[] tensors, Tensor[] weights, Tensor norm, int scaling, float eta) -> Tensor")            \
-  X(sam_ascend_, true,                                                                                                \
-    "sam_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor norm, Tensor rho, Tensor key, float " \
-    "q, "                                                                                                             \
-    "int scaling, float eta, float eps) -> ()")                                                                       \
-  X(sam_norm_ascend_, true,                                                                                           \
-    "sam_norm_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor rho, Tensor key, float q, int "  \
-    "scaling, float eta, float eps) -> Tensor")                                                                       \
-  X(restore_, true, "restore_(Tensor(a!)[] params, Tensor backup) -> ()")                                             \
-  X(restore_sgd_, true,                                                                                               \
-    "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor backup, Tensor lr, "     \
-    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> ()")      \
-  X(restore_adam_, true,                                                                                              \
-    "restore_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "            \
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, float "    \
-    "eps, "                                                                                                           \
-    "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()")                                         \
-  X(restore_sgd_curvature_, true,                                                                                     \
-    "restore_sgd_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] "        \
-    "curvatures, Tensor(d!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, float momentum, float "        \
-    "dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, float decay, float "               \
-    "lipschitz_decay, float min_step) -> Tensor")                                                                     \
-  X(restore_adam_curvature_, true,                                                                                    \
-    "restore_adam_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "  \
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] curvatures, Tensor(g!)[] lipschitz, Tensor "      \
-    "backup, Tensor lr, Tensor corrections, float beta1, float beta2, float eps, float weight_decay, bool "           \
-    "decoupled, bool amsgrad, bool maximize, float decay, float lipschitz_decay, float min_step) -> Tensor")          \
-  X(scaled_noise_, true,                                                                                              \
-    "scaled_noise_(Tensor(a!)[] params, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, Tensor key, Tensor "   \
-    "scale, Tensor lipschitz_constant, Tensor curvature_scale, int sizing, int law, float gamma, float eps) -> "      \
-    "Tensor")                                                                                                         \
-  X(probe_, true, "probe_(Tensor(a!)[] tensors, Tensor key, int law) -> ()")                                          \
-  X(curvature_, true,                                                                                                 \
-    "curvature_(Tensor(a!)[] curvatures, Tensor[] sources, Tensor(b!)[] lipschitz, Tensor[] params, Tensor backup, "  \
-    "Tensor key, Tensor corrections, int source, float source_scale, float decay, float lipschitz_decay, float "      \
-    "min_step) -> Tensor")                                                                                            \
-  X(pacgen, true,                                                                                                     \
-    "pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, Tensor "             \
-    "curvature_scale, float gamma, float eps) -> Tensor")                                                             \
-  X(filter_norm, true, "filter_norm(Tensor[] tensors, bool whole) -> Tensor")                                         \
-  X(corrupt_labels, true,                                                                                             \
-    "corrupt_labels(Tensor labels, Tensor index, Tensor bounds, Tensor targets, Tensor key, Tensor(a!) out, "         \
-    "int classes, int threshold, int span, int offset, int ignore_index) -> ()")                                      \
-  X(draw_samples, true, "draw_samples(Tensor index, Tensor key, int count, int inner, int law) -> Tensor")            \
-  X(isa, false, "isa() -> int")
+/* ---- the table ---- */
 
 typedef bool fm_body(fm_args *args, StableIValue *stack);
 

@@ -407,8 +407,8 @@ bool fm_take_filters(fm_args *args, int a, int operand, bool whole, fm_list *lis
   return true;
 }
 
-bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list) {
-  const int64_t doubles = 4 * partials(list->first_chunk[list->count]), stride = 1;
+bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), int planes, fm_list *list) {
+  const int64_t doubles = 4 * planes * partials(list->first_chunk[list->count]), stride = 1;
   void *data = NULL;
   if (aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), args->device_type, args->device_index,
                                &args->scratch) ||

@@ -79,8 +79,8 @@ bool fm_take_rows(fm_args *args, const fm_operand *operands, int count, fm_list 
 /* Makes one row of each index of the first dimension, or of each tensor if `whole` or of fewer dimensions than two. */
 bool fm_take_filters(fm_args *args, int arg, int operand, bool whole, fm_list *list);
 
-/* Room on the device for the partial results of a reduction: `partials` of the number of chunks. */
-bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), fm_list *list);
+/* Room on the device for the partial results of a reduction: `planes` times `partials` of the number of chunks. */
+bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), int planes, fm_list *list);
 
 /* Adds the slices of a backup (one uint8 tensor) to the rows. */
 bool fm_take_backup(fm_args *args, int arg, fm_list *list);

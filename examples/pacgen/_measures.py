@@ -49,7 +49,7 @@ def measure(model: nn.Module, task: str, images: Images, settings: dict[str, Any
         squared = _pacgen(small, settings, squares, "squared_gradient")
     except ValueError:  # not finite: the run has diverged, and has no curvature
         return result | dict.fromkeys([key for key in _KEYS if key not in result], math.nan)
-    noise: dict[str, Any] = {"law": "normal", "eps": 1.0, "scale": settings["noise"], "seed": seed}
+    noise: dict[str, Any] = {"distribution": "normal", "eps": 1.0, "scale": settings["noise"], "seed": seed}
     sharpness = curvature.expected_sharpness(*whole, samples=settings["noise_samples"], progress=False, **noise)
     return result | {
         **{_squared(key): value for key, value in squared.items()},
@@ -87,9 +87,9 @@ def _pacgen(data: Any, settings: dict[str, Any], diagonal: list[Tensor], estimat
         *data,
         **common,
         mode=settings["lipschitz"],
-        diag=estimator,
+        curvature=estimator,
         at_weights=diagonal,
-        probes=settings["probes"],
+        curvature_samples=settings["probes"],
         seed=settings["measure_seed"],
         progress=False,
     )

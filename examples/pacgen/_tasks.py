@@ -1,6 +1,6 @@
 """What the experiments train on: MNIST and CIFAR-10, and the network of the PyTorch example as of July 2018.
 
-MNIST is read by examples/mnist.py. CIFAR-10 is read from an archive or a folder of images sorted into
+MNIST is read by examples/mnist_data.py. CIFAR-10 is read from an archive or a folder of images sorted into
 ``train/<class>/`` and ``test/<class>/``, or from torchvision's own files. Decoded images are kept in a cache, since
 12,000 JPEG files take five seconds.
 """
@@ -23,18 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _load_mnist_example() -> ModuleType:
-    """examples/mnist.py as a module, whatever the working directory and whatever else is called mnist."""
-    name = "flatmin_examples_mnist"
+def _load_mnist_data() -> ModuleType:
+    """examples/mnist_data.py as a module, whatever the working directory and whatever else has its name."""
+    name = "flatmin_examples_mnist_data"
     if name not in sys.modules:
-        path = Path(__file__).parents[1] / "mnist.py"
+        path = Path(__file__).parents[1] / "mnist_data.py"
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
-mnist = _load_mnist_example()
+mnist = _load_mnist_data()
 UsageError = mnist.UsageError
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -189,11 +189,8 @@ def shuffled_images(task: str, source: str, cache: str, device: str, seed: int) 
 def _load_mnist(folder: Path | None) -> tuple[Images, Images]:
     if folder is not None and (folder / "MNIST" / "raw").is_dir():  # where torchvision puts the same files
         folder = folder / "MNIST" / "raw"
-    parts = (
-        mnist.download(train) if folder is None else mnist.read_folder(folder, names)
-        for train, names in ((True, mnist.TRAIN_FILES), (False, mnist.TEST_FILES))
-    )
-    train, test = (Images(pixels.unsqueeze(1), labels) for pixels, labels in parts)
+    data = mnist.download() if folder is None else mnist.from_folder(folder)
+    train, test = (Images(pixels.unsqueeze(1), labels) for pixels, labels in (data.train, data.test))
     return train, test
 
 

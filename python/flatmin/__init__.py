@@ -13,10 +13,11 @@ from . import curvature, label_noise, ops, optim, reference, sharpness
 from . import noise as noise
 from . import sam as sam
 from .label_noise import LabelNoise, RegressionNoise
-from .optim import SAM, PerturbedOPT
+from .optim import GSAM, SAM, PerturbedOPT
 from .sharpness import PACGen, pacgen
 
 __all__ = [
+    "GSAM",
     "SAM",
     "LabelNoise",
     "PACGen",

@@ -69,9 +69,9 @@ def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] 
 
 
 def total(counts: Sequence[Tensor], groups: Sequence[ProcessGroup] = ()) -> Tensor:
-    """The sum of counts, and of those of the other ranks in ``groups``."""
+    """The sum of tensors of one shape, and of those of the other ranks in ``groups``."""
     device = counts[0].device
-    result = torch.stack([on_device(n, device) for n in counts]).sum()
+    result = torch.stack([on_device(n, device) for n in counts]).sum(0)
     for group in groups:
         torch.distributed.all_reduce(result, torch.distributed.ReduceOp.SUM, group)
     return result

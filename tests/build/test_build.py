@@ -17,7 +17,14 @@ from requirements import CPU_LIBRARY, CUDA_LIBRARY
 
 #: Where the system's C library and compiler keep their own.
 SYSTEM = {"libm.so.6", "libc.so.6"}
-CXX_SYSTEM = SYSTEM | {"libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "libpthread.so.0", "libdl.so.2"}
+CXX_SYSTEM = SYSTEM | {
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+    "ld-linux-x86-64.so.2",
+    "libpthread.so.0",
+    "libdl.so.2",
+    "librt.so.1",
+}
 
 needs_nvcc = pytest.mark.requires("a build with nvcc")
 every_library = pytest.mark.parametrize(

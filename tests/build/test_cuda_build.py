@@ -7,26 +7,43 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import requirements
 from flatmin.ops import _library
+from operator_arguments import SHAPE, Arguments, call, good
 from requirements import CUDA_LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMULAS, RANDOM = ROOT / "csrc/math/fm_formulas.h", ROOT / "csrc/math/fm_random.h"
+UPDATE_TABLE = ROOT / "csrc/math/updates.h"
 
 #: A released wheel: code for each of these, and PTX of the newest for what comes after it. sm_80 serves 86 and 89.
 RELEASED = "75-real 80-real 90-real 100-real 120"
 
-#: What the number after a kernel template's name means: the enums fm_update and FM_TERM_* in fm_math.h.
-UPDATES = ("ascend", "restore", "sgd", "adam", "sgd_curvature", "adam_curvature", "noise", "average", "probe")
+
+def update_names() -> list[str]:
+    """The rows of the table in its order, a base step as two: ``sgd`` for restore_sgd, ``noise`` for scaled_noise."""
+    text = UPDATE_TABLE.read_text()
+    table = text[text.index("#define FM_UPDATES(X)") : text.index("typedef enum fm_update")]
+    rows, bases = table.split("#define FM_BASE_STEPS")
+    steps = re.findall(r"FM_BASE_STEP\(X, FM_\w+, (\w+)", bases)
+    before, after = (re.findall(r"X\(FM_\w+, (\w+)", part) for part in rows.split("FM_BASE_STEPS(X)"))
+    names = [*before, *(name + suffix for name in steps for suffix in ("", "_curvature")), *after]
+    return [re.sub("^(restore|scaled)_", "", name) for name in names]
+
+
+#: What the number after a kernel template's name means: the enums fm_update and FM_TERM_* in csrc/math.
+UPDATES = update_names()
 TERMS = ("square", "magnitude", "power", "largest", "ties", "pacgen")
 
 #: Registers a thread at most. An SM has 65,536 and hands them out by 8: one more than this and a block less fits on it.
@@ -35,20 +52,28 @@ TERMS = ("square", "magnitude", "power", "largest", "ties", "pacgen")
 #: Adam 32 KB in one, the norm 16 KB in 4 blocks of 128.
 REGISTERS = {
     "ascend": 128,  # 2 blocks of 256 threads; needs 94
-    "restore": 80,  # 3 of 256; 64
+    "save": 80,  # 3 of 256; 72
+    "restore": 80,  # 3 of 256; 70
+    "axpy": 128,  # 2 of 256; 90
+    "blend": 128,  # 2 of 256; 90
     "sgd": 128,  # 2 of 256; 88
     "adam": 168,  # 1 of 256, as for anything above 128; 132
     "sgd_curvature": 168,  # 3 of 128; 156
     "adam_curvature": 255,  # 2 of 128; 246
-    "noise": 168,  # 3 of 128; 146
+    "lion": 128,  # 2 of 256; 102
+    "lion_curvature": 168,  # 3 of 128; 160
+    "noise": 168,  # 3 of 128; 148
     "average": 168,  # 3 of 128; 128
-    "probe": 80,  # 3 of 256; 62
+    "probe": 80,  # 3 of 256; 64
     "square": 128,  # 4 of 128; 126
     "magnitude": 128,  # 4 of 128; 94
     "power": 128,  # 4 of 128; 98
     "largest": 128,  # 4 of 128; 94
     "ties": 128,  # 4 of 128; 96
     "pacgen": 168,  # 3 of 128; 162
+    "dot_2": 128,  # 4 of 128; 126
+    "dot_3": 168,  # 3 of 128; 152
+    "dot_4": 168,  # 3 of 128; 166
     "fold": 64,  # 2 of 512; 32
     "fold_rows": 64,  # 2 of 512; 30
     "corrupt_labels": 40,  # 6 of 256; 35
@@ -59,6 +84,8 @@ REGISTERS = {
 def kernel_name(symbol: str) -> str:
     """``ascend`` for _Z16fm_update_kernelIL9fm_update0EEv14fm_cuda_launch."""
     kind, which = re.search(r"fm_(\w+?)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
+    if kind == "dot":
+        return f"dot_{which}"
     return {"update": UPDATES, "reduce": TERMS}[kind][int(which)] if kind in ("update", "reduce") else kind
 
 
@@ -72,8 +99,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:([^>]*)>", (ROOT / "CMakeLists.txt").read_text())
     assert flags is not None
     includes = [f"-I{ROOT / name}" for name in ("csrc/math", "csrc/core", "cuda")]
+    command = [
+        requirements.NVCC or "nvcc",
+        "-cubin",
+        "-arch=sm_90",
+        "-std=c++17",
+        "-O3",
+        *flags.group(1).split(),
+        *includes,
+    ]
     entries, reports = {}, ""
-    command = [requirements.NVCC or "nvcc", "-cubin", "-arch=sm_90", "-std=c++17", "-O3", *flags.group(1).split(), *includes]
     for name in ("kernels", "labels"):
         keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / f"{name}.cubin")]
         source = str(ROOT / "cuda" / f"{name}.cu")
@@ -151,14 +186,19 @@ def drawing_fmas(*functions: str) -> int:
 
 
 #: Formulas behind each update: SGD states four (decay, buffer, Nesterov, step), Adam three (decay and both moments), an
-#: average three (itself, its quotient, the quotient's average), noise three (neighbourhood, curvature, sum).
+#: average three (itself, its quotient, the quotient's average), noise three (neighbourhood, curvature, sum), Lion three
+#: (both averages and the step), axpy one and blend that one twice.
 AVERAGE = ("average_curvature", "quotient", "average_lipschitz")
 RULES = {
     "ascend": ("ascend_2",),
+    "axpy": ("add_multiple",),
+    "blend": ("add_multiple", "add_multiple"),
     "sgd": ("sgd_",),
     "adam": ("adam_",),
     "sgd_curvature": ("sgd_", *AVERAGE),
     "adam_curvature": ("adam_", *AVERAGE),
+    "lion": ("lion_",),
+    "lion_curvature": ("lion_", *AVERAGE),
     "noise": ("neighbourhood", "root_curvature", "add_noise"),
     "average": AVERAGE,
 }
@@ -187,7 +227,7 @@ def test_ptx_fuses_only_where_the_source_does(compiled: tuple[dict[str, str], st
 
 
 def test_the_updates_state_their_fmas() -> None:
-    assert [stated_fmas(*RULES.get(kernel, ())) for kernel in UPDATES] == [1, 0, 4, 3, 7, 6, 3, 3, 0]
+    assert [stated_fmas(*RULES.get(kernel, ())) for kernel in UPDATES] == [1, 0, 0, 1, 2, 4, 7, 3, 6, 3, 6, 3, 3, 0]
 
 
 @pytest.mark.requires("nvcc")
@@ -201,6 +241,15 @@ def test_ptxas_spills_nothing(compiled: tuple[dict[str, str], str]) -> None:
         assert registers is not None
         assert int(registers.group(1)) <= REGISTERS[kernel_name(text)], text
     assert "warning" not in report
+
+
+# ---- what is said of the source elsewhere ----
+
+
+def test_docs_say_how_many_tensors_a_launch_carries() -> None:
+    rows = requirements.LAUNCH_ROWS
+    assert f"ceil(N / {rows})" in (ROOT / "docs/traffic.md").read_text()
+    assert f"one launch per pass for up to {rows} tensors" in (ROOT / "README.md").read_text()
 
 
 # ---- the shipped library ----
@@ -237,16 +286,41 @@ def embedded(option: str) -> set[str]:
 @pytest.mark.requires("a build with nvcc")
 def test_the_library_has_code_for_every_architecture() -> None:
     """Those of a release; a developer's build, narrowed by the variable that the build reads, has those it names."""
-    real, virtual = expected_code(os.environ.get("FM_CUDA_ARCHITECTURES") or RELEASED)
+    given = os.environ.get("FM_CUDA_ARCHITECTURES") or "all"
+    real, virtual = expected_code(RELEASED if given == "all" else given)
     assert embedded("-lelf") == real
     assert embedded("-lptx") == virtual
 
 
 def test_cmake_compiles_for_the_released_architectures() -> None:
-    default = re.search(r"set\(FM_CUDA_ARCHITECTURES (.*?) CACHE", (ROOT / "CMakeLists.txt").read_text())
-    assert default is not None
-    assert default.group(1) == RELEASED
+    released = re.search(r"set\(FM_CUDA_RELEASED (.*?)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert released is not None
+    assert released.group(1) == RELEASED
     assert expected_code(RELEASED) == ({"sm_75", "sm_80", "sm_90", "sm_100", "sm_120"}, {"sm_120"})
+
+
+@pytest.mark.requires("nvcc")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("echo 9.0; echo 9.0; echo 5.2", "with the CUDA library for 90-real"),
+        ("echo 5.2", "without the CUDA library, since this nvcc does not compile for the GPU here (5.2)"),
+        ("echo NVML library version: 535.1; exit 18", "without the CUDA library, since there is no GPU here"),
+    ],
+    ids=["a GPU known", "a GPU unknown", "no driver"],
+)
+def test_a_build_is_for_the_gpu_that_is_there(answer: str, said: str, tmp_path: Path) -> None:
+    """By default. nvidia-smi is asked: here one that says what the test wants."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{answer}\n")
+    tool.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+    run = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"-- flatmin: {said}" in run.stdout
+    compiled = re.findall(r"code=\[?(sm_\d+)", (tmp_path / "build" / "build.ninja").read_text())
+    assert set(compiled) == ({"sm_90"} if "90-real" in said else set())
 
 
 def resources() -> Iterator[tuple[str, dict[str, int]]]:
@@ -293,18 +367,19 @@ def test_cuda_tensors_take_the_kernels_only_if_the_driver_runs_them() -> None:
 @pytest.mark.requires("a CUDA build of torch")
 def test_shape_functions_take_cuda_tensors() -> None:
     """Adam's counters stay on the CPU, beside parameters on the device: no mixture to refuse."""
+    real = {name: good(name) for name in ("restore_adam_", "restore_sgd_", "norm")}
     with FakeTensorMode():
-        params, steps = [torch.empty(3, device="cuda")], [torch.empty(())]
-        backup = torch.empty(64, dtype=torch.uint8, device="cuda")
-        scalar = torch.empty((), dtype=torch.float64, device="cuda")
-        _library.OPERATORS["restore_adam_"](
-            params, params, params, params, [], steps, backup, scalar, 0.9, 0.999, 1e-8, 0.0, False, False, False
-        )
+        given = {name: fake_on_cuda(arguments) for name, arguments in real.items()}
+        given["restore_adam_"]["steps"] = [torch.empty(()) for _ in given["restore_adam_"]["params"]]
+        call("restore_adam_", given["restore_adam_"])
+        given["restore_sgd_"]["grads"][-1] = torch.empty(SHAPE)
         with pytest.raises(RuntimeError, match="tensors on different devices"):
-            _library.OPERATORS["restore_sgd_"](
-                params, [torch.empty(3)], [], backup, scalar, 0.0, 0.0, 0.0, False, False, False
-            )
-        assert _library.OPERATORS["norm"](params, [], 2.0, 0, 0.01).device.type == "cuda"
+            call("restore_sgd_", given["restore_sgd_"])
+        assert call("norm", given["norm"]).device.type == "cuda"
+
+
+def fake_on_cuda(arguments: Arguments) -> Arguments:
+    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), arguments)  # type: ignore[no-any-return]
 
 
 @pytest.mark.requires("a CPU build of torch")

@@ -177,11 +177,14 @@ fm_options some_options(void) {
                       .lipschitz_decay = 0.4,
                       .min_step = 0.03,
                       .correction_before = 1.7,
-                      .correction_after = 1.3};
+                      .correction_after = 1.3,
+                      .coefficient = {0.7, -1.3, 0.4}};
 }
 
 #define SGD (FM_BIT(FM_PARAM) | FM_AT_OLD | FM_SGD_STATE)
 #define ADAM (FM_BIT(FM_PARAM) | FM_AT_OLD | FM_ADAM_STATE)
+#define LION (FM_BIT(FM_PARAM) | FM_AT_OLD | FM_LION_STATE)
+#define BLEND (FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_BIT(FM_THIRD))
 #define WITHOUT(operands, operand) ((operands) & ~FM_BIT(operand))
 
 static int ascents(update_case *cases) {
@@ -214,6 +217,9 @@ static int steps(update_case *cases) {
   cases[n++] = (update_case){"restore_sgd plain", FM_RESTORE_SGD, WITHOUT(SGD, FM_BUFFER), plain};
   cases[n++] = (update_case){"restore_adam amsgrad", FM_RESTORE_ADAM, ADAM, amsgrad};
   cases[n++] = (update_case){"restore_adam", FM_RESTORE_ADAM, WITHOUT(ADAM, FM_LARGEST), plain};
+  cases[n++] = (update_case){"restore_lion", FM_RESTORE_LION, LION, amsgrad};
+  cases[n++] = (update_case){"restore_lion maximize", FM_RESTORE_LION, LION, plain};
+  cases[n++] = (update_case){"restore_lion_curvature", FM_RESTORE_LION_CURVATURE, LION | FM_AVERAGES, amsgrad};
   cases[n++] = (update_case){"restore_sgd_curvature", FM_RESTORE_SGD_CURVATURE, SGD | FM_AVERAGES, amsgrad};
   cases[n++] = (update_case){"restore_adam_curvature amsgrad", FM_RESTORE_ADAM_CURVATURE, ADAM | FM_AVERAGES, amsgrad};
   cases[n++] = (update_case){"restore_adam_curvature", FM_RESTORE_ADAM_CURVATURE,
@@ -221,6 +227,22 @@ static int steps(update_case *cases) {
   plain.correction_before = 0.0;
   cases[n++] = (update_case){"restore_sgd_curvature first", FM_RESTORE_SGD_CURVATURE,
                              WITHOUT(SGD | FM_AVERAGES, FM_BUFFER), plain};
+  return n;
+}
+
+/* A coefficient of 0 leaves its term out. */
+static int combinations(update_case *cases) {
+  const fm_options options = some_options();
+  int n = 0;
+  cases[n++] = (update_case){"save", FM_SAVE, EXACT, options};
+  cases[n++] = (update_case){"axpy", FM_AXPY, WITHOUT(BLEND, FM_THIRD), options};
+  cases[n++] = (update_case){"axpy with backup", FM_AXPY, EXACT | FM_BIT(FM_GRAD), options};
+  cases[n++] = (update_case){"blend", FM_BLEND, BLEND, options};
+  cases[n++] = (update_case){"blend of two", FM_BLEND, WITHOUT(BLEND, FM_THIRD), options};
+  for (int k = 0; k < 3; k++) {
+    cases[n] = (update_case){"blend without a term", FM_BLEND, BLEND, options};
+    cases[n++].options.coefficient[k] = 0.0;
+  }
   return n;
 }
 
@@ -271,9 +293,14 @@ static int probes(update_case *cases) {
   return 3;
 }
 
+int form_of(const update_case *c, const fm_row *row) {
+  return fm_form(c->update, &c->options, &row->traits, fm_present(row));
+}
+
 int update_cases(update_case cases[MOST_CASES]) {
   int n = ascents(cases);
   n += steps(cases + n);
+  n += combinations(cases + n);
   n += noises(cases + n);
   n += averages(cases + n);
   n += probes(cases + n);

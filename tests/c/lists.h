@@ -38,7 +38,10 @@ typedef struct update_case {
   unsigned operands;
   fm_options options;
 } update_case;
-enum { MOST_CASES = 40 };
+enum { MOST_CASES = 48 };
+
+/* The form of a case for a row. */
+int form_of(const update_case *c, const fm_row *row);
 
 /* Together they reach every form of every update; test_updates.c makes sure of it. Returns their number. */
 int update_cases(update_case cases[MOST_CASES]);

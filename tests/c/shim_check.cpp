@@ -1,4 +1,4 @@
-// Compiles only if csrc/torch_abi.h declares every function exactly as torch's own header does: two extern "C"
+// Compiles only if csrc/torch/torch_abi.h declares every function exactly as torch's own header does: two extern "C"
 // declarations of one name that differ are an error.
 #include <torch/csrc/stable/c/shim.h>
 

@@ -5,6 +5,7 @@
 #include "tests.h"
 
 int fm_failures = 0;
+const char *test_argument = NULL;
 
 extern const fm_kernels fm_kernels_base;
 #ifdef FM_X86
@@ -15,10 +16,15 @@ int kernel_tables(const fm_kernels *tables[MOST_TABLES]) {
   int count = 0;
   tables[count++] = &fm_kernels_base;
 #ifdef FM_X86
-  if (__builtin_cpu_supports("x86-64-v3")) {
+  const int level = fm_best_isa();
+#if !defined(__clang__) /* a second opinion */
+  CHECK((level >= 3) == !!__builtin_cpu_supports("x86-64-v3"), "level %d", level);
+  CHECK((level >= 4) == !!__builtin_cpu_supports("x86-64-v4"), "level %d", level);
+#endif
+  if (level >= 3) {
     tables[count++] = &fm_kernels_v3;
   }
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  if (level >= 4) {
     tables[count++] = &fm_kernels_v4;
   }
 #endif
@@ -78,7 +84,8 @@ int main(int argc, char **argv) {
 #undef FM_TEST_ENTRY
   };
   for (size_t k = 0; k < sizeof tests / sizeof *tests; k++) {
-    if (argc == 2 && strcmp(argv[1], tests[k].name) == 0) {
+    if (argc >= 2 && strcmp(argv[1], tests[k].name) == 0) {
+      test_argument = argc == 3 ? argv[2] : NULL;
       tests[k].run();
       return fm_failures == 0 ? 0 : 1;
     }

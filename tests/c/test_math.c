@@ -1,4 +1,4 @@
-/* fm_math.h against libm and against the definitions of the formats. */
+/* float16.h and pow.h against libm and against the definitions of the formats. */
 #include "check.h"
 #include "tests.h"
 

@@ -8,10 +8,6 @@
 
 /* ---- every form of every update has a case ---- */
 
-static int form_of(const update_case *c, const fm_row *row) {
-  return fm_form(c->update, &c->options, &row->traits, row->operand[FM_BUFFER].data != NULL);
-}
-
 void test_forms(void) {
   update_case cases[MOST_CASES];
   const int count = update_cases(cases);
@@ -68,6 +64,7 @@ static bool moves(const fm_row *row, const update_case *c) {
 static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_case *c, long double *tally) {
   const fm_shape shape = fm_shape_of(c->update);
   const fm_options *o = &c->options;
+  const bool saves = shape.copy == FM_COPY_TO_BACKUP && row->operand[FM_OLD].data != NULL;
   const fm_view *param = &row->operand[FM_PARAM], *old = &row->operand[FM_OLD];
   const fm_quad words = fm_random_quad(o->seed, o->step, (uint32_t)r, (uint64_t)i / 4);
   double v[FM_SLOTS] = {0.0};
@@ -75,7 +72,7 @@ static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_
     v[k] = row->operand[k].data != NULL ? get(&row->operand[k], i) : fm_default(k);
   }
   v[FM_DRAW] = (double)fm_draw_quad(words, fm_law_of(c->update, o)).lane[i % 4];
-  if (shape.copy == FM_COPY_TO_BACKUP) {
+  if (saves) {
     put(old, i, get(param, i));
   } else if (shape.copy == FM_COPY_FROM_BACKUP) {
     put(param, i, get(old, i));
@@ -268,11 +265,16 @@ void test_noise(void) {
 
 /* ---- the formulas of the base steps and of the averages ---- */
 
-/* torch.optim.SGD and Adam as their documentation states them. */
+/* torch.optim.SGD and Adam as their documentation states them, and Lion as its paper's Algorithm 2. */
 static double expected_step(const update_case *c, const fm_row *row, const double *v) {
   const fm_options *o = &c->options;
   const bool adam = c->update == FM_RESTORE_ADAM || c->update == FM_RESTORE_ADAM_CURVATURE;
+  const bool lion = c->update == FM_RESTORE_LION || c->update == FM_RESTORE_LION_CURVATURE;
   double w = v[FM_OLD], g = o->maximize ? -v[FM_GRAD] : v[FM_GRAD];
+  if (lion) {
+    const double mixed = o->beta1 * v[FM_MEAN] + (1.0 - o->beta1) * g;
+    return w - o->lr * ((mixed > 0.0) - (mixed < 0.0) + o->weight_decay * w);
+  }
   if (adam) {
     w = o->decoupled ? w - o->lr * o->weight_decay * w : w;
     g = o->decoupled ? g : g + o->weight_decay * v[FM_OLD];
@@ -309,6 +311,15 @@ static double check_average(const update_case *c, const fm_row *after, int64_t i
   return q;
 }
 
+/* The state that a step leaves. */
+static void check_state(const update_case *c, const fm_row *after, int64_t i, const double *v) {
+  const fm_options *o = &c->options;
+  if (c->update == FM_RESTORE_LION || c->update == FM_RESTORE_LION_CURVATURE) {
+    const double g = o->maximize ? -v[FM_GRAD] : v[FM_GRAD], want = o->beta2 * v[FM_MEAN] + (1.0 - o->beta2) * g;
+    CHECK(is_near(get(&after->operand[FM_MEAN], i), want, 1.0), "%s: m, not %.17g", c->name, want);
+  }
+}
+
 /* Returns the difference quotient. */
 static double check_step(const update_case *c, const fm_row *before, const fm_row *after, int64_t r, int64_t i) {
   double v[FM_MAX_OPERANDS];
@@ -325,14 +336,16 @@ static double check_step(const update_case *c, const fm_row *before, const fm_ro
   }
   const double got = get(&after->operand[FM_PARAM], i), want = expected_step(c, before, v);
   CHECK(is_near(got, want, 1.0), "%s: w %.17g, not %.17g", c->name, got, want);
+  check_state(c, after, i, v);
   return before->operand[FM_CURVATURE].data != NULL
              ? check_average(c, after, i, v, v[FM_GRAD] * v[FM_GRAD], fabs(want - v[FM_OLD]))
              : 0.0;
 }
 
 static bool is_step(fm_update update) {
-  return update == FM_AVERAGE || update == FM_RESTORE_SGD || update == FM_RESTORE_ADAM ||
-         update == FM_RESTORE_SGD_CURVATURE || update == FM_RESTORE_ADAM_CURVATURE;
+  return update == FM_AVERAGE || update == FM_RESTORE_SGD || update == FM_RESTORE_ADAM || update == FM_RESTORE_LION ||
+         update == FM_RESTORE_SGD_CURVATURE || update == FM_RESTORE_ADAM_CURVATURE ||
+         update == FM_RESTORE_LION_CURVATURE;
 }
 
 void test_averages(void) {
@@ -357,6 +370,96 @@ void test_averages(void) {
     free_list(&before);
     free_list(&after);
   }
+}
+
+/* ---- linear combinations and saved weights ---- */
+
+/* a g + b x + c y, w + alpha x and the bytes of the backup, against double and, where nothing rounds, exactly. */
+static void check_combination(const update_case *c, const fm_row *before, const fm_row *after, int64_t i) {
+  const fm_options *o = &c->options;
+  double v[FM_MAX_OPERANDS];
+  for (int k = 0; k < FM_MAX_OPERANDS; k++) {
+    v[k] = before->operand[k].data != NULL ? get(&before->operand[k], i) : 0.0;
+  }
+  const double got = get(&after->operand[FM_PARAM], i);
+  const double want = c->update == FM_SAVE   ? v[FM_PARAM]
+                      : c->update == FM_AXPY ? v[FM_PARAM] + o->scale * v[FM_GRAD]
+                                             : o->coefficient[0] * v[FM_PARAM] + o->coefficient[1] * v[FM_GRAD] +
+                                                   o->coefficient[2] * v[FM_THIRD];
+  CHECK(c->update == FM_SAVE ? got == want : is_near(got, want, 1.0), "%s: %.17g, not %.17g", c->name, got, want);
+  if (after->operand[FM_OLD].data != NULL) {
+    CHECK(get(&after->operand[FM_OLD], i) == v[FM_PARAM], "%s: backup", c->name);
+  }
+}
+
+void test_combinations(void) {
+  update_case cases[MOST_CASES];
+  const int count = update_cases(cases);
+  for (int k = 0; k < count; k++) {
+    if (cases[k].update != FM_SAVE && cases[k].update != FM_AXPY && cases[k].update != FM_BLEND) {
+      continue;
+    }
+    fm_list before = make_list(FM_F64, cases[k].operands, ~0u), after = copy_list(&before);
+    fm_run_update(cases[k].update, &after, &cases[k].options, splits[0]);
+    for (int64_t r = 0; r < before.count; r++) {
+      for (int64_t i = 0; i < before.rows[r].numel; i++) {
+        check_combination(&cases[k], &before.rows[r], &after.rows[r], i);
+      }
+    }
+    free_list(&before);
+    free_list(&after);
+  }
+}
+
+/* A list whose coefficient is 0 passes no NaN on, every other does; axpy by 0 moves nothing. 1e-50 is 0 in float. */
+void test_zero_coefficients(void) {
+  const int64_t size = 300;
+  const int operands[] = {FM_PARAM, FM_GRAD, FM_THIRD};
+  for (fm_dtype type = FM_F32; type <= FM_F16; type++) {
+    for (int zero = 0; zero < 6; zero++) {
+      fm_options o = some_options();
+      o.coefficient[zero % 3] = zero < 3 ? 0.0 : type == FM_F64 ? -0.0 : 1e-50;
+      for (int k = 0; k < 3; k++) {
+        fm_list list = make_list_of(&size, 1, type, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_BIT(FM_THIRD), ~0u);
+        put(&list.rows[0].operand[operands[k]], 7, k == 1 ? INFINITY : NAN);
+        fm_run_update(FM_BLEND, &list, &o, splits[0]);
+        const double got = get(&list.rows[0].operand[FM_PARAM], 7);
+        CHECK(isfinite(got) == (k == zero % 3), "type %d: list %d, coefficient %d is 0: %g", (int)type, k, zero, got);
+        free_list(&list);
+      }
+    }
+    fm_list list = make_list_of(&size, 1, type, EXACT | FM_BIT(FM_GRAD), ~0u);
+    fm_options o = some_options();
+    o.scale = 0.0;
+    put(&list.rows[0].operand[FM_GRAD], 7, NAN);
+    fm_run_update(FM_AXPY, &list, &o, splits[0]);
+    for (int64_t i = 0; i < size; i++) {
+      CHECK(get(&list.rows[0].operand[FM_PARAM], i) == get(&list.rows[0].operand[FM_OLD], i), "axpy by 0");
+    }
+    free_list(&list);
+  }
+}
+
+/* ---- Lion by hand ---- */
+
+/* In float64: c = 0 takes no step but the decay, a NaN shows, and m follows beta2, not beta1. */
+void test_lion(void) {
+  double old[] = {1.0, -2.0, 4.0, 0.5}, w[4] = {9.0, 9.0, 9.0, 9.0}, m[] = {0.5, -1.0, 0.75, 0.0};
+  double g[] = {1.0, -3.0, -0.75 * 3.0, NAN};
+  fm_row row = {.wide = true, .numel = 4, .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
+  row.operand[FM_OLD] = (fm_view){(char *)old, NULL, FM_F64};
+  row.operand[FM_GRAD] = (fm_view){(char *)g, NULL, FM_F64};
+  row.operand[FM_MEAN] = (fm_view){(char *)m, NULL, FM_F64};
+  int64_t first_chunk[2];
+  fm_list list = {&row, 1, first_chunk, NULL};
+  fm_list_plan(&list);
+  const fm_options o = {.lr = 0.125, .weight_decay = 0.5, .beta1 = 0.75, .beta2 = 0.5};
+  fm_run_update(FM_RESTORE_LION, &list, &o, splits[0]);
+  const double want_w[] = {0.9375 - 0.125, -1.875 + 0.125, 3.75}, want_m[] = {0.75, -2.0, -0.75};
+  for (int i = 0; i < 3; i++) {
+    CHECK(w[i] == want_w[i] && m[i] == want_m[i], "element %d: w %g, m %g", i, w[i], m[i]);
+  }
+  CHECK(isnan(w[3]) && isnan(m[3]), "a NaN: w %g, m %g", w[3], m[3]);
 }
 
 /* ---- what is not finite ---- */

@@ -192,7 +192,7 @@ def test_hutchinson_is_unbiased_and_knows_its_error(law: str, method: str) -> No
     net, a = quadratic()
     samples, seeds = 2, 200
     runs = [
-        curvature.hutchinson_diag(net, mean_output, ANY, samples=samples, law=law, method=method, seed=seed)
+        curvature.hutchinson_diag(net, mean_output, ANY, samples=samples, distribution=law, method=method, seed=seed)
         for seed in range(seeds)
     ]
     values = torch.stack([flat(run.value) for run in runs])
@@ -207,7 +207,7 @@ def test_hutchinson_is_unbiased_and_knows_its_error(law: str, method: str) -> No
 def test_standard_error_is_that_of_the_samples(law: str) -> None:
     """The k-th sample is k times the mean of k, less k - 1 times the mean of k - 1."""
     net, _ = quadratic()
-    runs = [curvature.hutchinson_diag(net, mean_output, ANY, samples=k, law=law) for k in range(1, 6)]
+    runs = [curvature.hutchinson_diag(net, mean_output, ANY, samples=k, distribution=law) for k in range(1, 6)]
     sums = torch.stack([torch.zeros(6, dtype=torch.float64), *(run.samples * flat(run.value) for run in runs)])
     spread = sums.diff(dim=0).std(0)
     assert spread.all()
@@ -231,7 +231,7 @@ def test_trace_is_unbiased_and_knows_its_error() -> None:
 @pytest.mark.parametrize("method", ["autograd", "finite_difference"])
 def test_trace_is_the_sum_of_the_diagonal(law: str, method: str) -> None:
     net, a = quadratic()
-    options: dict[str, Any] = {"samples": 5, "law": law, "method": method, "seed": 7}
+    options: dict[str, Any] = {"samples": 5, "distribution": law, "method": method, "seed": 7}
     trace = curvature.hutchinson_trace(net, mean_output, ANY, **options)
     diag = curvature.hutchinson_diag(net, mean_output, ANY, **options)
     assert trace.value == pytest.approx(float(flat(diag.value).sum()), abs=100 * EPS * float(a.abs().sum()))
@@ -244,7 +244,7 @@ def test_differences_use_the_same_probes(law: str) -> None:
     gradient, of size ||A w||, over the step."""
     net, a = quadratic()
     pair = [
-        curvature.hutchinson_diag(net, mean_output, ANY, samples=3, law=law, method=method)
+        curvature.hutchinson_diag(net, mean_output, ANY, samples=3, distribution=law, method=method)
         for method in ("autograd", "finite_difference")
     ]
     w = flat(list(net.w))
@@ -432,7 +432,7 @@ def cubic() -> Function:
 @pytest.mark.parametrize("law", ["rademacher", "uniform"])
 def test_lipschitz_constant_of_a_cubic(diag: str, law: str) -> None:
     """Hutchinson is exact here: the Hessian is diagonal."""
-    options: dict[str, Any] = {"diag": diag, "law": law, "samples": 2, "probes": 2}
+    options: dict[str, Any] = {"curvature": diag, "distribution": law, "samples": 2, "curvature_samples": 2}
     each = curvature.lipschitz(cubic(), mean_output, ANY, mode="element", **options)
     assert isinstance(each, list)
     # a uniform step may be small: |u_i| >= 2^-23 N_i, N_i >= 0.1, loses 23 bits of 52
@@ -446,17 +446,17 @@ def test_lipschitz_constant_of_a_cubic(diag: str, law: str) -> None:
 def test_lipschitz_steps_go_to_the_edge_of_the_neighbourhood() -> None:
     """w1^2 w2 / 2 has H_11 = w2, H_22 = 0: the quotients are N_2 / N_1 and 0."""
     net = Function(lambda w: w[0] ** 2 * w[1] / 2, [3.0, -2.0])
-    each = curvature.lipschitz(net, mean_output, ANY, gamma=0.2, eps=0.1, mode="element", diag="exact")
+    each = curvature.lipschitz(net, mean_output, ANY, gamma=0.2, eps=0.1, mode="element", curvature="exact")
     assert isinstance(each, list)
     assert torch.allclose(each[0], torch.tensor([0.5 / 0.7, 0.0], dtype=torch.float64), rtol=1e-9)
 
 
 def test_weights_that_stay_have_no_quotient() -> None:
-    each = curvature.lipschitz(cubic(), mean_output, ANY, eps=0.0, mode="element", diag="exact")
+    each = curvature.lipschitz(cubic(), mean_output, ANY, eps=0.0, mode="element", curvature="exact")
     assert isinstance(each, list)
     assert torch.allclose(each[0], torch.tensor([6.0, 12.0, 3.0, 0.0], dtype=torch.float64), rtol=1e-9)
     # the lowest quarter of the three that moved, not of the four
-    found = curvature.lipschitz(cubic(), mean_output, ANY, eps=0.0, mode="quantile", quantile=0.25, diag="exact")
+    found = curvature.lipschitz(cubic(), mean_output, ANY, eps=0.0, mode="quantile", quantile=0.25, curvature="exact")
     assert found == pytest.approx(3.0, rel=1e-9)
 
 
@@ -469,12 +469,12 @@ def test_lipschitz_takes_a_function_and_a_known_diagonal() -> None:
 
     net = cubic()
     known = curvature.exact_diag(net, mean_output, ANY)
-    assert curvature.lipschitz(net, mean_output, ANY, diag=diag) == pytest.approx(12.0)
+    assert curvature.lipschitz(net, mean_output, ANY, curvature=diag) == pytest.approx(12.0)
     assert calls[0] == calls[1]  # common random numbers
     own = [torch.zeros(4, dtype=torch.float64)]
-    assert curvature.lipschitz(net, mean_output, ANY, diag=lambda *_, **__: own, at_weights=known) > 0
+    assert curvature.lipschitz(net, mean_output, ANY, curvature=lambda *_, **__: own, at_weights=known) > 0
     assert not own[0].any()  # what a function returns stays its own
-    assert curvature.lipschitz(net, mean_output, ANY, diag=diag, at_weights=known) == pytest.approx(12.0)
+    assert curvature.lipschitz(net, mean_output, ANY, curvature=diag, at_weights=known) == pytest.approx(12.0)
     assert len(calls) == 3
 
 
@@ -487,7 +487,7 @@ def test_expected_sharpness_of_a_quadratic() -> None:
     with torch.no_grad():
         for w in net.w:
             w.zero_()
-    rise = curvature.expected_sharpness(net, mean_output, ANY, law="normal", scale=0.3, samples=400)
+    rise = curvature.expected_sharpness(net, mean_output, ANY, distribution="normal", scale=0.3, samples=400)
     assert abs(rise.value - 0.045 * float(a.trace())) < 4 * rise.stderr
     # var(u' A u / 2) = s^4 ||A||_F^2 / 2; the spread of 400 draws is that within 4 / sqrt(400) for a kurtosis below 5
     spread = 0.09 * float(a.norm()) / math.sqrt(2 * 400)

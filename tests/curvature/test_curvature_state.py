@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
+import random
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,13 +53,18 @@ MEASURES: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "hutchinson, difference": lambda net, loss, data: curvature.hutchinson_diag(
         net, loss, data, samples=2, method="finite_difference"
     ),
-    "hutchinson, normal": lambda net, loss, data: curvature.hutchinson_diag(net, loss, data, samples=1, law="normal"),
+    "hutchinson, normal": lambda net, loss, data: curvature.hutchinson_diag(
+        net, loss, data, samples=1, distribution="normal"
+    ),
     "trace": lambda net, loss, data: curvature.hutchinson_trace(net, loss, data, samples=2),
     "squared gradient": curvature.squared_gradient_diag,
     "exact": lambda net, loss, data: curvature.exact_diag(net, loss, data, params=[net[5].weight]),
-    "lipschitz": lambda net, loss, data: curvature.lipschitz(net, loss, data, probes=1),
+    "lipschitz": lambda net, loss, data: curvature.lipschitz(net, loss, data, curvature_samples=1),
     "sharpness": lambda net, loss, data: curvature.expected_sharpness(net, loss, data, scale=0.1, samples=2),
-    "pacgen": lambda net, loss, data: flatmin.pacgen(net, loss, data, samples=1, noise_samples=1),
+    "antithetic": lambda net, loss, data: curvature.expected_sharpness(
+        net, loss, data, scale=0.1, samples=1, antithetic=True
+    ),
+    "pacgen": lambda net, loss, data: flatmin.pacgen(net, loss, data, curvature_samples=1, noise_samples=1),
 }
 GNB = {"gnb": lambda net, loss, data: curvature.gnb_diag(net, loss, data, samples=2)}
 
@@ -69,6 +77,8 @@ def snapshot(net: nn.Module) -> dict[str, Any]:
         "flags": [p.requires_grad for p in net.parameters()],
         "modes": [m.training for m in net.modules()],
         "random": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [str(x) for x in np.random.get_state()],  # noqa: NPY002
     }
 
 
@@ -79,7 +89,7 @@ def assert_as_before(net: nn.Module, before: dict[str, Any]) -> None:
     for a, b in zip(after["grads"], before["grads"], strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(raw(a), raw(b))
-    assert all(after[key] == before[key] for key in ("addresses", "flags", "modes"))
+    assert all(after[key] == before[key] for key in ("addresses", "flags", "modes", "python", "numpy"))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -212,7 +222,7 @@ def test_no_graph_outlives_its_batch(measure: Callable[..., Any]) -> None:
         gc.enable()
     assert len(alive) > 1
     assert not any(alive)
-    assert any(largest) or measure is MEASURES["sharpness"]
+    assert any(largest) or measure in (MEASURES["sharpness"], MEASURES["antithetic"])
 
 
 # ---- data ----
@@ -265,21 +275,23 @@ def test_parameters_on_several_devices() -> None:
     before = snapshot(net)
     options: dict[str, Any] = {"samples": 2}
     for law in ("rademacher", "normal"):
-        found = curvature.hutchinson_diag(net, F.cross_entropy, data, law=law, **options)
-        again = curvature.hutchinson_diag(net, F.cross_entropy, data, law=law, method="finite_difference", **options)
+        found = curvature.hutchinson_diag(net, F.cross_entropy, data, distribution=law, **options)
+        again = curvature.hutchinson_diag(
+            net, F.cross_entropy, data, distribution=law, method="finite_difference", **options
+        )
         # truncation is step^2 < 1e-8 times a third derivative of order 1
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found.value, again.value, strict=True))
-        trace = curvature.hutchinson_trace(net, F.cross_entropy, data, law=law, **options)
+        trace = curvature.hutchinson_trace(net, F.cross_entropy, data, distribution=law, **options)
         assert trace.samples == 2
         assert trace.value == pytest.approx(sum(float(t.sum()) for t in found.value), rel=1e-10)
     exact = curvature.exact_diag(net, F.cross_entropy, data)
     by_one = flatmin.pacgen(net, F.cross_entropy, data, curvature=exact, lipschitz=1.0, noise_samples=1)
     rows = ops.pacgen(list(net.parameters()), exact, gamma=0.1, eps=0.1, lipschitz=1.0)
     assert [layer.psi for layer in by_one.layers] == rows[:, 0].tolist()
-    quotients = curvature.lipschitz(net, F.cross_entropy, data, diag="exact", mode="element")
+    quotients = curvature.lipschitz(net, F.cross_entropy, data, curvature="exact", mode="element")
     assert isinstance(quotients, list)
     largest = max(float(q.max()) for q in quotients)
-    assert curvature.lipschitz(net, F.cross_entropy, data, diag="exact") == largest
+    assert curvature.lipschitz(net, F.cross_entropy, data, curvature="exact") == largest
     assert_as_before(net, before)
 
 
@@ -350,10 +362,10 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
                 _net_call(params=[torch.ones(2, dtype=torch.complex64, requires_grad=True)])),
     "no tensor": (TypeError, "params: item 0 is a str", _net_call(params=["weight"])),
     "samples": (ValueError, "samples: 0 given", _net_call(samples=0)),
-    "law": (ValueError, "law: 'uniform' is none", _net_call(law="uniform")),
+    "distribution": (ValueError, "distribution: 'uniform' is none", _net_call(distribution="uniform")),
     "method": (ValueError, "method: 'exact' is none", _net_call(method="exact")),
     "step": (ValueError, "step: 0.0 given", _net_call(step=0.0)),
-    "seed": (ValueError, "seed -1", _net_call(seed=-1)),
+    "seed": (ValueError, "seed: -1 given", _net_call(seed=-1)),
     "limit": (ValueError, "limit: 239 parameters are more than 238",
               lambda: curvature.exact_diag(small_net(), F.cross_entropy, batches(1), limit=238)),
     "v": (ValueError, "v: 1 tensors given for 6",
@@ -372,12 +384,35 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
              lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), mode="mean")),
     "quantile": (ValueError, "quantile: 0.0 given",
                  lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), quantile=0.0)),
-    "diag": (ValueError, "diag: 'fisher' is none",
-             lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), diag="fisher")),
+    "curvature": (ValueError, "curvature: 'fisher' is none",
+             lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), curvature="fisher")),
     "neighbourhood": (ValueError, "gamma and eps: both 0",
                       lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), gamma=0.0, eps=0.0)),
-    "noise of lipschitz": (ValueError, "law: 'normal' is none",
-                           lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), law="normal")),
+    "noise of lipschitz": (
+        ValueError, "distribution: 'normal' is none",
+        lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), distribution="normal"),
+    ),
+    "samples of numpy": (ValueError, "samples: np.int64\\(0\\) given", _net_call(samples=np.int64(0))),
+    "seed of 65 bits": (ValueError, "seed: 18446744073709551616 given", _net_call(seed=2**64)),
+    "fractional seed": (ValueError, "seed: 1.5 given", _net_call(seed=1.5)),
+    "step of text": (ValueError, "step: 'x' given", _net_call(step="x")),
+    "gamma": (TypeError, "gamma: 'x' given",
+              lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), gamma="x")),
+    "eps": (TypeError, "eps: None given",
+            lambda: curvature.expected_sharpness(small_net(), F.cross_entropy, batches(1), scale=0.1, eps=None)),
+    "quantile of text": (TypeError, "quantile: 'x' given",
+                         lambda: curvature.lipschitz(small_net(), F.cross_entropy, batches(1), quantile="x")),
+    "scale": (TypeError, "scale: 'x' given",
+              lambda: curvature.expected_sharpness(small_net(), F.cross_entropy, batches(1), scale="x")),
+    "infinite scale": (ValueError, "scale: inf given",
+                       lambda: curvature.expected_sharpness(small_net(), F.cross_entropy, batches(1), scale=math.inf)),
+    "lipschitz": (ValueError, "lipschitz: -1.0 given",
+                  lambda: curvature.expected_sharpness(small_net(), F.cross_entropy, batches(1), scale=1.0,
+                                                       lipschitz=-1.0)),
+    "delta": (TypeError, "delta: 'x' given",
+              lambda: flatmin.pacgen(small_net(), F.cross_entropy, batches(1), delta="x")),
+    "limit of text": (ValueError, "limit: 'x' given",
+                      lambda: curvature.exact_diag(small_net(), F.cross_entropy, batches(1), limit="x")),
 }  # fmt: skip
 
 
@@ -393,7 +428,7 @@ def test_a_curvature_that_is_not_finite_names_the_parameter() -> None:
     with torch.no_grad():
         net[2].weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"curvature: not finite in \d+ of 36 elements of '0.weight'"):
-        curvature.lipschitz(net, F.cross_entropy, batches(1), probes=1)
+        curvature.lipschitz(net, F.cross_entropy, batches(1), curvature_samples=1)
 
     class Cliff(nn.Module):
         def __init__(self) -> None:
@@ -407,7 +442,7 @@ def test_a_curvature_that_is_not_finite_names_the_parameter() -> None:
     with pytest.raises(
         ValueError, match="curvature at the perturbed weights: not finite in 2 of 2 elements of 'height'"
     ):
-        curvature.lipschitz(cliff, lambda output, y: output.sum(), (torch.ones(2), torch.ones(2)), diag="exact")
+        curvature.lipschitz(cliff, lambda output, y: output.sum(), (torch.ones(2), torch.ones(2)), curvature="exact")
     assert not cliff.height.any()
 
 
@@ -446,6 +481,20 @@ def test_progress_counts_batches_and_ends_with_an_exception(monkeypatch: pytest.
         curvature.hutchinson_diag(net, lambda output, y: output, data)
     assert not _Tqdm.made[1].open
     assert _Tqdm.made[1].options["disable"] is None  # tqdm's word for: where stderr is a terminal
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    net, data = small_net(), batches(1)
+    whole: dict[str, Any] = {"samples": np.int64(2), "seed": np.int64(3)}
+    found = curvature.hutchinson_diag(net, F.cross_entropy, data, **whole)
+    assert same_bits(found.value, curvature.hutchinson_diag(net, F.cross_entropy, data, samples=2, seed=3).value)
+    rise = curvature.expected_sharpness(net, F.cross_entropy, data, scale=np.float32(0.125), eps=np.int32(1), **whole)
+    assert rise == curvature.expected_sharpness(net, F.cross_entropy, data, scale=0.125, samples=2, seed=3)
+    sizes: dict[str, Any] = {"gamma": np.float64(0.1), "delta": np.float64(0.05), "lipschitz": np.float32(1.0)}
+    counts: dict[str, Any] = {"curvature_samples": np.int64(2), "noise_samples": np.uint8(1)}
+    assert flatmin.pacgen(net, F.cross_entropy, data, **sizes, **counts).psi == (
+        flatmin.pacgen(net, F.cross_entropy, data, lipschitz=1.0, curvature_samples=2, noise_samples=1).psi
+    )
 
 
 def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,10 +159,13 @@ def test_figure(density: curvature.SpectralDensity, tmp_path: Path) -> None:
         assert np.array_equal(value, expected[1].numpy())
     assert linear.get_ylabel() == "density / (weight$^2$ / loss)"
     assert linear.get_title() == "100 eigenvalues, 40 probes"
-    assert logarithmic.get_title() == f"below 0: {100.0 * density.negative_mass.value:.3g} % of the eigenvalues"
+    below = density.negative_mass
+    share = rf"{100.0 * below.value:.3g} $\pm$ {100.0 * below.stderr:.2g} %"
+    assert logarithmic.get_title() == f"below 0: {share} of the eigenvalues"
     assert [t.get_text() for t in linear.get_legend().get_texts()] == ["95 % interval over the probes"]
     single = curvature.spectral_density(symmetric(SPECTRUM), probes=1, steps=10).plot()
     assert single.axes[0].get_title() == "100 eigenvalues, 1 probe"
+    assert "pm" not in single.axes[1].get_title()
 
 
 def test_figure_without_matplotlib(density: curvature.SpectralDensity, monkeypatch: pytest.MonkeyPatch) -> None:

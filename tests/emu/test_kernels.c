@@ -10,7 +10,7 @@
 int fm_failures = 0;
 
 static const char *const orders[] = {"random:5", "reverse", "forward"};
-enum { ORDERS = sizeof orders / sizeof *orders, ROWS = 250 /* of one launch */ };
+enum { ORDERS = sizeof orders / sizeof *orders, ROWS = FM_CUDA_ROWS };
 
 #define REDUCED (FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_AVERAGES)
 
@@ -24,10 +24,13 @@ static void ran_well(const char *name, int type, const char *order, const char *
 }
 
 /* Replaces the room for partial results by what the CUDA kernels ask for. */
-static void resize_partials(fm_list *list) {
+static void resize_partials_for(fm_list *list, int planes) {
+  const int64_t partials = planes * fm_cuda_partials(list->first_chunk[list->count]);
   free(list->partials);
-  list->partials = malloc((size_t)fm_cuda_partials(list->first_chunk[list->count]) * sizeof *list->partials);
+  list->partials = malloc((size_t)partials * sizeof *list->partials);
 }
+
+static void resize_partials(fm_list *list) { resize_partials_for(list, 1); }
 
 static fm_list list_of(const int64_t *sizes, int64_t count, fm_dtype type, unsigned operands, unsigned exact) {
   fm_list list = make_list_of(sizes, count, type, operands, exact);
@@ -97,6 +100,58 @@ static void test_norms(void) {
     check_norm(&list, (int)type, 2.0, 1);
     free_list(&list);
     free_list(&wide);
+  }
+}
+
+/* ---- inner products ---- */
+
+/* `passes`: launches over the elements; the folds of all sums are `folds` more. */
+static void check_dot(fm_list *list, int type, int lists, const char *order, int64_t passes, int64_t folds) {
+  const fm_options o = {.lists = lists};
+  const int count = fm_dot_sums(lists);
+  double want[FM_DOT_SUMS], got[FM_DOT_SUMS + 1];
+  resize_partials_for(list, fm_dot_planes(lists));
+  fm_dot(list, &o, want, serial);
+  for (int k = 0; k <= FM_DOT_SUMS; k++) {
+    got[k] = -1.0;
+  }
+  fm_emu_set_order(order);
+  const int64_t before = fm_emu_launches();
+  ran_well("dot", type, order, fm_cuda_dot(list, &o, got, NULL));
+  CHECK(memcmp(got, want, (size_t)count * sizeof *got) == 0, "dot of %d, type %d %s", lists, type, order);
+  CHECK(got[count] == -1.0, "dot of %d writes more than %d numbers", lists, count);
+  CHECK(fm_emu_launches() - before == passes + folds, "dot of %d: %lld launches", lists,
+        (long long)(fm_emu_launches() - before));
+}
+
+/* Every type and number of lists, mixed types, none and many tensors, and more chunks than one block folds. */
+static void test_dots(void) {
+  static const fm_layout layout = {2, {300, 7}, {11, 1}};
+  const unsigned four = FM_BIT(0) | FM_BIT(1) | FM_BIT(2) | FM_BIT(3);
+  const int64_t few[] = {33, 2100, 4097};
+  for (int lists = 2; lists <= FM_DOT_LISTS; lists++) {
+    for (fm_dtype type = FM_F32; type <= FM_F16; type++) {
+      fm_list list = make_list(type, four, type % 2 == 0 ? four : FM_BIT(0));
+      for (int k = 0; k < (type == FM_F32 ? ORDERS : 1); k++) {
+        check_dot(&list, (int)type, lists, orders[(k + (int)type) % ORDERS], 1, 1);
+      }
+      free_list(&list);
+      list = make_list_of(few, 3, type, four, four);
+      stride_row(&list.rows[1], &layout, FM_BIT(lists - 1) | FM_BIT(0));
+      check_dot(&list, (int)type, lists, "random", 3, 1);
+      free_list(&list);
+    }
+  }
+  int64_t sizes[1025];
+  for (int64_t r = 0; r < 1025; r++) {
+    sizes[r] = 1 + r % 3;
+  }
+  for (int lists = 2; lists <= FM_DOT_LISTS; lists++) {
+    fm_list none = make_list_of(sizes, 0, FM_F32, four, four), many = make_list_of(sizes, 1025, FM_F32, four, four);
+    check_dot(&none, FM_F32, lists, "random", 0, 1);
+    check_dot(&many, FM_F32, lists, "random", (1025 + ROWS - 1) / ROWS, 2);
+    free_list(&none);
+    free_list(&many);
   }
 }
 
@@ -173,12 +228,12 @@ static const char *emulate(const update_case *c, const fm_list *list, double *re
   const uint64_t key[] = {o->seed, o->step};
   const double corrections[] = {o->correction_before, o->correction_after};
   const bool draws = (fm_shape_of(c->update).reads & FM_BIT(FM_DRAW)) != 0;
-  const fm_scalars scalars = {&o->norm,      &o->rho,
-                              &o->lr,        &o->scale,
-                              &o->lipschitz, &o->curvature_scale,
-                              corrections,   draws || o->random ? key : NULL};
+  const fm_scalars scalars = {&o->norm,    &o->rho,        &o->lr,
+                              &o->scale,   &o->lipschitz,  &o->curvature_scale,
+                              corrections, o->coefficient, draws || o->random ? key : NULL};
   fm_options unread = *o;
   unread.norm = unread.rho = unread.lr = unread.scale = unread.lipschitz = unread.curvature_scale = NAN;
+  unread.coefficient[0] = unread.coefficient[1] = unread.coefficient[2] = NAN;
   unread.correction_before = unread.correction_after = NAN;
   unread.seed = unread.step = 0;
   return fm_cuda_update(c->update, list, &unread, &scalars, result, NULL);
@@ -317,13 +372,10 @@ int main(int argc, char **argv) {
   const struct {
     const char *name;
     void (*run)(void);
-  } tests[] = {{"norms", test_norms},
-               {"rows", test_rows},
-               {"long_row", test_long_row},
-               {"updates", test_updates},
-               {"many_tensors", test_many_tensors},
-               {"strides", test_strides},
-               {"omitted_barriers", test_omitted_barriers}};
+  } tests[] = {{"norms", test_norms},     {"dots", test_dots},
+               {"rows", test_rows},       {"long_row", test_long_row},
+               {"updates", test_updates}, {"many_tensors", test_many_tensors},
+               {"strides", test_strides}, {"omitted_barriers", test_omitted_barriers}};
   for (size_t k = 0; k < sizeof tests / sizeof *tests; k++) {
     if (argc == 2 && strcmp(argv[1], tests[k].name) == 0) {
       tests[k].run();

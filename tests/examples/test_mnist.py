@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import http.server
 import importlib.util
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -60,10 +63,19 @@ def folder(tmp_path: Path) -> Path:
 def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module. Its files land in ``tmp_path``, and it finds no torchvision: ``--data`` needs none."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     spec = importlib.util.spec_from_file_location("mnist_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(mnist: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """mnist_data.py, which finds the data. It asks no server but those that a test names."""
+    module = sys.modules["mnist_data"]
+    monkeypatch.setattr(module, "MIRRORS", ())
     return module
 
 
@@ -80,15 +92,16 @@ def final_line(output: str) -> re.Match[str]:
     return match
 
 
-def assert_shows_curves(path: Path) -> None:
-    """Training loss in matplotlib's first colour on the left, test loss and accuracy in its second on both sides."""
+def assert_shows_curves(path: Path, left: Sequence[str] = ("C0", "C1"), right: Sequence[str] = ("C1",)) -> None:
+    """The colours on either side. Of one optimizer: training loss in matplotlib's first on the left, test loss and
+    accuracy in its second on both sides."""
     pixels = imread(path)[..., :3]
     height, width, _ = pixels.shape
     assert width > height > 400
-    for side, half in (("left", pixels[:, : width // 2]), ("right", pixels[:, width // 2 :])):
-        for color, wanted in (("C0", side == "left"), ("C1", True)):
+    for side, colors, half in (("left", left, pixels[:, : width // 2]), ("right", right, pixels[:, width // 2 :])):
+        for color in ("C0", "C1"):
             drawn = (abs(half - to_rgb(color)) < 0.01).all(axis=-1).sum()
-            assert (drawn > 50) == wanted, f"{drawn} pixels of {color} on the {side}"
+            assert (drawn > 50) == (color in colors), f"{drawn} pixels of {color} on the {side}"
 
 
 def trained_weights(mnist: ModuleType, *flags: str) -> dict[str, Tensor]:
@@ -160,31 +173,189 @@ def test_dry_run_trains_on_one_batch(folder: Path, mnist: ModuleType, capsys: py
     assert " 1/1 " in output.err, "the bar must count one batch"
 
 
-def test_data_from_torchvision_takes_the_same_path(
-    folder: Path, mnist: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dataset(root: str, train: bool, download: bool) -> SimpleNamespace:
-        assert (root, download) == ("./data", True)
-        data, targets = digits(512 if train else 128)
-        return SimpleNamespace(data=data, targets=targets)
+# ---- comparing ----
 
+
+def test_comparison_starts_both_from_the_same_seed(
+    folder: Path, mnist: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--data", str(folder), "--limit-train", "128")
+    compared = trained_weights(mnist, *common, "--compare", "--plot", "both.png")
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert_shows_curves(Path("both.png"), ("C0", "C1"), ("C0", "C1"))
+    for line, name in zip(lines, ("adadelta", "sam-adadelta"), strict=True):
+        weights = trained_weights(mnist, *common, "--optimizer", name)
+        alone, result = final_line(capsys.readouterr().out), final_line(line)
+        assert (result["optimizer"], result["correct"]) == (name, alone["correct"])
+    assert equal(compared, weights), "the second of the two must not go on from the first one's random numbers"
+
+
+# ---- where the data come from ----
+
+
+def give_torchvision(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    """A torchvision whose MNIST are the images of the test's folder, or that fails."""
+
+    class MNIST:
+        mirrors = ("http://not-this-one/",)
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            assert (root, download) == ("./data", True)
+            assert type(self).__name__ == "MNIST", "torchvision names the folder after its class"
+            assert self.mirrors == ["http://this-one/"]
+            if error is not None:
+                raise error
+            self.data, self.targets = digits(512 if train else 128)
+
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(MNIST=MNIST)))
+
+
+def test_data_from_torchvision_takes_the_same_path(
+    folder: Path, mnist: ModuleType, source: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from_folder = trained_weights(mnist, "--data", str(folder), "--limit-train", "128")
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(MNIST=dataset)))
+    folder.rename(folder.with_name("elsewhere"))
+    give_torchvision(monkeypatch)
+    monkeypatch.setattr(source, "answering_mirror", lambda: "http://this-one/")
     assert equal(from_folder, trained_weights(mnist, "--limit-train", "128"))
 
 
-def test_without_torchvision_the_message_offers_both_ways_out(mnist: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"pip install torchvision.*--data FOLDER"):
+@pytest.mark.parametrize("place", [".", "MNIST/raw"])
+def test_data_in_the_working_directory_needs_no_network(
+    folder: Path, source: ModuleType, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    wanted = source.from_folder(folder)
+    elsewhere = folder.rename(folder.with_name("elsewhere"))
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    elsewhere.rename(folder / place)
+    found = source.load(None)
+    assert found.name == "MNIST"
+    assert torch.equal(found.train[0], wanted.train[0])
+    assert torch.equal(found.test[1], wanted.test[1])
+    assert capsys.readouterr().out == f"Data: MNIST in {Path('data') / place}\n"
+
+
+REASONS = {
+    "no torchvision": r"torchvision, which downloads MNIST, cannot be imported \(.*pip install torchvision.*--data",
+    "another torch's": r"this torchvision was built for another torch than .*nms.*; install both from one place",
+    "no server": r"no server that has MNIST answers within 15 seconds; .*--data FOLDER",
+    "failed download": r"MNIST could not be downloaded \(Error downloading train-images.*--data FOLDER",
+    "half a download": r"data/train-images-idx3-ubyte.gz: cannot be read.*\nData: torchvision, which",
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_without_mnist_the_digits_are_taken_and_the_reason_said(
+    folder: Path,
+    mnist: ModuleType,
+    source: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    if case == "half a download":
+        (folder / TRAIN_IMAGES).write_bytes((folder / TRAIN_IMAGES).read_bytes()[:-100])
+    else:
+        folder.rename(folder.with_name("elsewhere"))
+    if case == "another torch's":
+        (package := folder.with_name("broken") / "torchvision").mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+        monkeypatch.syspath_prepend(package.parent)
+        monkeypatch.delitem(sys.modules, "torchvision")
+    if case in ("no server", "failed download"):
+        give_torchvision(monkeypatch, RuntimeError("Error downloading train-images-idx3-ubyte.gz"))
+    if case == "failed download":
+        monkeypatch.setattr(source, "answering_mirror", lambda: "http://this-one/")
+    mnist.main(["--no-accel", "--dry-run", "--plot", "curves.png"])
+    output = capsys.readouterr().out
+    assert re.search(REASONS[case], output), output
+    assert "so this run takes the 1,797 handwritten digits of scikit-learn, 8x8 pixels enlarged to 28x28" in output
+    assert final_line(output)["tested"] == "360"
+    assert_shows_curves(Path("curves.png"))
+
+
+def test_without_any_data_every_way_out_is_named(
+    mnist: ModuleType, source: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match=r"pip install torchvision.*--data FOLDER.*pip install scikit-learn"):
         mnist.main([])
 
 
-def test_failed_download_names_the_way_out(mnist: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+def test_the_digits(source: ModuleType) -> None:
+    data = source.load("digits")
+    for (images, labels), count in ((data.train, 1437), (data.test, 360)):
+        assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (count, 28, 28), torch.int64)
+        counts = torch.bincount(labels)
+        assert len(counts) == 10
+        assert counts.max() - counts.min() <= 5, "each digit about as often"
+        assert images.max() == 255
+    # scikit-learn's documentation shows the first one, a 0: dark in the middle, bright beside it
+    image, label = data.train[0][0], data.train[1][0]
+    assert label == 0
+    assert image[12:16, 12:16].max() < 64
+    assert image[12:16, 7:11].max() > 160
 
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(MNIST=offline)))
-    with pytest.raises(SystemExit, match=r"Error downloading train-images.*--data FOLDER"):
-        mnist.main([])
+
+class Server:
+    """An HTTP server that answers every request with ``body``."""
+
+    def __init__(self, body: bytes) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_the_server_that_has_the_data_is_taken(source: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that refuses, nor the page by which a hotel's network answers everything."""
+    refuses = "http://127.0.0.1:9/"
+    with Server(b"<html>Welcome</html>") as page, Server(gzip.compress(b"labels")) as data:
+        monkeypatch.setattr(source, "MIRRORS", (refuses, page, data))
+        assert source.answering_mirror() == data
+        monkeypatch.setattr(source, "MIRRORS", (refuses, page))
+        assert source.answering_mirror() is None
+
+
+@pytest.mark.parametrize("silent", ["server", "look-up of the name"])
+def test_what_does_not_answer_is_not_waited_for(
+    source: ModuleType, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    """No socket's timeout ends a look-up. Without a bound this test does not end."""
+    monkeypatch.setattr(source, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(source, "MIRRORS", (f"http://127.0.0.1:{server.getsockname()[1]}/",))
+        if silent != "server":
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: threading.Event().wait())
+        assert source.answering_mirror() is None
+
+
+@pytest.mark.parametrize(
+    ("local", "installed", "mirror", "status"),
+    [(True, False, "x", 0), (False, True, "x", 0), (False, False, "x", 3), (False, False, None, 0)],
+)
+def test_make_installs_torchvision_only_for_a_server_that_answers(
+    source: ModuleType, monkeypatch: pytest.MonkeyPatch, local: bool, installed: bool, mirror: str | None, status: int
+) -> None:
+    monkeypatch.setattr(source, "local_folder", lambda: Path("data") if local else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: installed or None)
+    monkeypatch.setattr(source, "answering_mirror", lambda: mirror)
+    assert source.main() == status
 
 
 def test_missing_file_ends_with_one_line_and_status_one(tmp_path: Path) -> None:

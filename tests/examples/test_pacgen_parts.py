@@ -78,7 +78,7 @@ def test_measures_of_a_network(mnist: Path, tmp_path: Path) -> None:
     batches = list(_tasks.Batches("mnist", images, 16))
     for key, sqrt_m in (("psi", False), ("psi_sqrt_m", True)):
         whole = flatmin.pacgen(
-            model, nn.functional.nll_loss, batches, samples=1, sqrt_m=sqrt_m, noise_samples=0, progress=False
+            model, nn.functional.nll_loss, batches, curvature_samples=1, sqrt_m=sqrt_m, noise_samples=0, progress=False
         )
         assert found[key] == pytest.approx(whole.psi, rel=1e-12)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,39 +16,11 @@ import torch
 from torch import Tensor
 
 import bits_digest
+from bits_processes import different, digests_under, machine_isas
 from flatmin import ops
 from problems import filled, same_bytes
 
 # ---- instruction sets and threads ----
-
-#: What /proc/cpuinfo must list for each table of kernels: the features that set each x86-64 level apart.
-ISA_FLAGS = {"base": set(), "v3": {"avx2", "fma", "bmi2"}, "v4": {"avx512f", "avx512vl", "avx512bw", "avx512dq"}}
-ISA_NUMBERS = {"base": 1, "v3": 3, "v4": 4}
-
-
-def machine_isas() -> list[str]:
-    """The kernel tables that this processor can run, all of them x86-64 levels."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
-    return [isa for isa, needed in ISA_FLAGS.items() if needed <= flags]
-
-
-@functools.cache
-def digests_under(isa: str) -> dict[str, str]:
-    """The digests of a process that was told to use these kernels, after it has proved that it does."""
-    script = Path(bits_digest.__file__)
-    run = subprocess.run(
-        [sys.executable, script], env={**os.environ, "FM_ISA": isa}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    answer = json.loads(run.stdout)
-    assert answer["isa"] == ISA_NUMBERS[isa]
-    return answer["digests"]  # type: ignore[no-any-return]
-
-
-def different(a: dict[str, str], b: dict[str, str]) -> list[str]:
-    """The results that differ, by name."""
-    return [name for name in a if a[name] != b[name]]
 
 
 def test_same_bits_on_every_instruction_set() -> None:

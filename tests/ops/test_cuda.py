@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from drawing import given, st
 from flatmin import SAM, ops
+from gpu_runs import BASES, BUSY_CYCLES, DEVICE, HOST, captured, data, launches, mlp, no_waiting, sam_step
 from models import same_bits
 from operator_runs import (
     ADAM_OPTIONS,
+    COEFFICIENTS,
+    FUSED_BASES,
+    LION_OPTIONS,
     SGD_OPTIONS,
     Options,
     adam_step,
     ascent,
     averages,
+    linear,
+    lion_step,
     long_list,
     moved,
     noise,
@@ -35,14 +36,9 @@ from operator_runs import (
     step_with_averages,
 )
 from problems import ADAPTIVE, DTYPES, P_NORMS, Problem, filled, large_problem, problems, same_memory
+from requirements import LAUNCH_ROWS
 
 pytestmark = pytest.mark.cuda
-
-HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
-
-#: How long the device is kept busy where a test looks whether the host waits for it: a tenth of a second at 2 GHz, and
-#: a step takes the host a few milliseconds.
-BUSY_CYCLES = 200_000_000
 
 SGD_DEFAULTS: Options = {
     "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False, "first_step": False
@@ -92,6 +88,16 @@ def test_adam(problem: Problem, options: Options) -> None:
     assert_bits_of_the_host(adam_step, problem, options)
 
 
+@given(problem=problems(), options=LION_OPTIONS)
+def test_lion(problem: Problem, options: Options) -> None:
+    assert_bits_of_the_host(lion_step, problem, options)
+
+
+@given(problem=problems(), coefficients=COEFFICIENTS)
+def test_inner_products_and_sums(problem: Problem, coefficients: tuple[float, ...]) -> None:
+    assert_bits_of_the_host(linear, problem, coefficients)
+
+
 @pytest.mark.parametrize("law", ["uniform", "normal", "truncated_normal", "rademacher"])
 @given(problem=problems(), per_element=st.booleans())
 def test_noise(law: str, problem: Problem, per_element: bool) -> None:
@@ -104,9 +110,9 @@ def test_averages(source: str, problem: Problem) -> None:
     assert_bits_of_the_host(averages, problem, source)
 
 
-@given(problem=problems(), adam=st.booleans())
-def test_steps_with_averages(problem: Problem, adam: bool) -> None:
-    assert_bits_of_the_host(step_with_averages, problem, adam)
+@given(problem=problems(), base=st.sampled_from(FUSED_BASES))
+def test_steps_with_averages(problem: Problem, base: str) -> None:
+    assert_bits_of_the_host(step_with_averages, problem, base)
 
 
 @pytest.mark.parametrize("make", [large_problem, long_list])
@@ -120,7 +126,10 @@ def test_many_chunks_and_several_launches(make: Callable[[torch.dtype], Problem]
     assert_bits_of_the_host(adam_step, problem, ADAM_DEFAULTS)
     assert_bits_of_the_host(noise, problem, "normal", True)
     assert_bits_of_the_host(averages, problem, "probed")
-    assert_bits_of_the_host(step_with_averages, problem, True)
+    for base in FUSED_BASES:
+        assert_bits_of_the_host(step_with_averages, problem, base)
+    assert_bits_of_the_host(lion_step, problem, {})
+    assert_bits_of_the_host(linear, problem, (0.5, -2.0, 3.0))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -156,19 +165,8 @@ def test_a_tensor_of_more_elements_than_an_int_counts() -> None:
 # ---- launches ----
 
 
-def launches(run: Callable[[], object]) -> Counter[str]:
-    """Our kernels that ran, by kind."""
-    run()  # the first call loads the kernels
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    found = (re.search(r"fm_(reduce|fold|update)_kernel", event.name) for event in profiler.events())
-    return Counter(match.group(1) for match in found if match)
-
-
-@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (250, 1), (251, 2)])
-def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> None:
+@pytest.mark.parametrize(("tensors", "per_pass"), [(1, 1), (213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
+def test_a_pass_over_a_full_table_is_one_launch(tensors: int, per_pass: int) -> None:
     params, grads, buffers = ([torch.ones(1000, device=DEVICE) for _ in range(tensors)] for _ in range(3))
     backup, norm = ops.backup_like(params), torch.ones((), dtype=torch.float64, device=DEVICE)
     assert launches(lambda: ops.norm(grads)) == {"reduce": per_pass, "fold": 1}
@@ -181,20 +179,6 @@ def test_a_pass_over_250_tensors_is_one_launch(tensors: int, per_pass: int) -> N
 
 
 # ---- the host runs ahead ----
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Fails if torch knows of a synchronisation inside, or if the device, kept busy, is done when the host is."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.cuda._sleep(BUSY_CYCLES)
-        yield
-        assert not torch.cuda.current_stream().query(), "the host waited for the device"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
 
 
 def test_the_check_for_waiting_bites() -> None:
@@ -227,36 +211,6 @@ def test_operators_do_not_wait(place: torch.device | None) -> None:
     run()
     with no_waiting():
         run()
-
-
-def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Matrices and vectors, the same values on every call."""
-    net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            p.copy_(0.1 * filled(p.shape, torch.float32, i))
-    return net.to(DEVICE, dtype)
-
-
-def data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return tuple(filled(shape, dtype, seed).to(DEVICE) for seed, shape in enumerate([(32, 64), (32, 10)]))  # type: ignore[return-value]
-
-
-def sam_step(net: nn.Module, opt: SAM, batch: tuple[Tensor, Tensor]) -> None:
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = nn.functional.mse_loss(net(batch[0]), batch[1])
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-
-
-BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
-    "adadelta": lambda params: torch.optim.Adadelta(params),
-}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -342,20 +296,6 @@ class TensorStep:
         grads = self.gradients()
         ops.sam_ascend_(self.params, grads, self.backup, ops.norm(grads), self.rho, key=self.key)
         ops.restore_sgd_(self.params, self.gradients(), self.buffers, self.backup, self.lr, momentum=0.9)
-
-
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of ``run``, which is called on another stream before, as torch asks for."""
-    side = torch.cuda.Stream(DEVICE)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ import test_bits
 import test_labels
 import test_ops
 import test_ops_errors
+import test_ops_linear
 import test_ops_noise
 import test_ops_steps
 import torch
@@ -32,6 +33,7 @@ import bits_digest
 from flatmin import ops
 from flatmin.ops import _library
 from problems import DTYPES, filled, same_bytes, same_memory
+from requirements import LAUNCH_ROWS
 
 LIBRARY = Path(os.environ.get("FLATMIN_EMULATOR", Path(__file__).parents[2] / "build" / "tests" / "_C_emu.so"))
 if not LIBRARY.exists():
@@ -137,7 +139,7 @@ LEFT_OUT = {
     "test_many_small_steps_arrive",
     "test_pacgen_loses_no_digit",  # 4 million elements; the C tests' long rows cover the folds
 }
-for _suite in (test_ops, test_ops_steps, test_ops_noise, test_ops_errors, test_bits, test_labels):
+for _suite in (test_ops, test_ops_linear, test_ops_steps, test_ops_noise, test_ops_errors, test_bits, test_labels):
     for _name, _test in list(vars(_suite).items()):
         if _name.startswith("test_") and _name not in LEFT_OUT:
             assert _name not in globals(), f"two tests have the name {_name}"
@@ -157,10 +159,10 @@ def test_the_cuda_kernels_run() -> None:
 
 
 def test_every_operator_has_a_cuda_kernel() -> None:
-    names = {str(name) for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")}
-    cpu = {name.split("::")[1] for name in names if name.startswith("flatmin::")}
-    assert cpu == set(_library.OPERATORS)
-    assert {name.split("::")[1] for name in names if name.startswith("flatmin_emu::")} == cpu
+    emulated = _library.operators("flatmin_emu")
+    assert emulated.keys() == _library.OPERATORS.keys()
+    for name, operator in emulated.items():
+        assert str(operator._schema) == str(_library.OPERATORS[name]._schema).replace("flatmin::", "flatmin_emu::")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -189,9 +191,9 @@ def test_fixed_inputs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
         assert len(group(dtype)) >= 3 or group is bits_digest.samples
 
 
-@pytest.mark.parametrize("count", [249, 250, 251, 550])
+@pytest.mark.parametrize("count", [LAUNCH_ROWS - 1, LAUNCH_ROWS, LAUNCH_ROWS + 1, 2 * LAUNCH_ROWS + 50])
 def test_more_tensors_than_one_launch_carries(count: int) -> None:
-    """A launch takes 250 dense tensors, or one with strides. Random bits go by the number in the whole list."""
+    """A launch takes LAUNCH_ROWS dense tensors, or one with strides. Random bits go by the number in the whole list."""
 
     def tensors(seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
         layouts = ["every_second" if i == 200 else "contiguous" for i in range(count)]
@@ -213,14 +215,17 @@ def test_more_tensors_than_one_launch_carries(count: int) -> None:
     assert all(same_bytes(p, w) for p, w in zip(params, start, strict=True))
 
 
-@pytest.mark.parametrize(("count", "launches"), [(213, 1), (250, 1), (251, 2)])
+@pytest.mark.parametrize(("count", "launches"), [(213, 1), (LAUNCH_ROWS, 1), (LAUNCH_ROWS + 1, 2)])
 def test_one_launch_a_pass(count: int, launches: int) -> None:
     """213 are EfficientNet-B0's tensors."""
     params, grads = [torch.ones(5) for _ in range(count)], [torch.ones(5) for _ in range(count)]
     backup, scale = ops.backup_like(params), torch.ones((), dtype=torch.float64)
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("sam_ascend_", (grads, backup, scale, scale, torch.empty(0, dtype=torch.uint64), 2.0, 0, 0.0, 0.0)),
-        ("restore_sgd_", (grads, [], backup, scale, 0.0, 0.0, 0.0, False, False, False)),
+        (
+            "restore_sgd_",
+            (grads, [], backup, scale, 0.0, 0.0, 0.0, False, False, False, [], [], scale, 0.0, 0.0, 0.0),
+        ),
         ("restore_", (backup,)),
     ]
     for name, args in calls:

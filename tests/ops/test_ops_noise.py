@@ -4,8 +4,10 @@ and ``flatmin.reference``."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -251,14 +253,19 @@ def test_no_noise_keeps_every_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("law", LAWS)
 def test_a_broken_curvature_moves_no_weight(law: str, dtype: torch.dtype) -> None:
-    """NaN reaches the count and not the weight; its neighbours get their noise."""
+    """What is not finite reaches the count and not the weight; its neighbours get their noise. Infinity is no small
+    noise and its negative no large one: neither is a curvature."""
     w, h = filled((5000,), dtype, 1), torch.full((5000,), 4.0, dtype=dtype)
     bad = [0, 17, 4095, 4096, 4999]
-    h[bad] = torch.nan
+    h[bad] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf, torch.nan], dtype=dtype)
     params = [w.clone()]
     tally = ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(2), law=law, curvatures=[h], eps=10.0)
     assert tally.tolist() == [0.5 * 4995, 0.0, 5.0]
     assert same_bytes(params[0][bad], w[bad])
+    plain, one = [w.clone()], torch.ones((), dtype=torch.float64)
+    given = (ops.backup_like(params), ops.random_key(2), one, 0.0 * one, one, LAWS.index(law), 0.0, 10.0)
+    assert reference.scaled_noise_(plain, [h], [], [], *given).tolist() == tally.tolist()
+    assert same_bytes(plain[0][bad], w[bad])
     assert params[0].isfinite().all()
     # a draw below half a unit in the last place of w rounds away: rare, but for 8 bits of bfloat16
     assert (params[0] != w).sum().item() >= (4900 if dtype != torch.bfloat16 else 4500)
@@ -405,7 +412,7 @@ def wide_problem(start: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("element", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "amsgrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "amsgrad", "lion"])
 @given(start=problems())
 def test_one_pass_equals_two(start: Problem, optimizer: str, element: bool) -> None:
     """The step and the average give the bits of restore_sgd_ (restore_adam_) followed by curvature_: in registers there
@@ -420,19 +427,17 @@ def test_one_pass_equals_two(start: Problem, optimizer: str, element: bool) -> N
         means, squares = start.state(5), start.state(6, positive=True)
         largest = start.state(7, positive=True) if optimizer == "amsgrad" else []
         steps = [torch.tensor(3.0) for _ in now.params]
-        averaged = (h, rho, backup, 0.5, corrections)
+        averaged: dict[str, Any] = {"curvatures": h, "lipschitz": rho, "corrections": corrections} | AVERAGE
+        averaged = averaged if fused else {}
         sgd = SGD | ({"momentum": 0.0} if optimizer == "sgd" else {})
         adam = {"weight_decay": 0.1, "decoupled": True, "amsgrad": optimizer == "amsgrad"}
         if optimizer in ("sgd", "momentum"):
-            if fused:
-                q = ops.restore_sgd_curvature_(now.params, now.grads, buffers, *averaged, **sgd, **AVERAGE)
-            else:
-                ops.restore_sgd_(now.params, now.grads, buffers, backup, 0.5, **sgd)
-        elif fused:
-            moments = (means, squares, largest)
-            q = ops.restore_adam_curvature_(now.params, now.grads, *moments, steps, *averaged, **adam, **AVERAGE)
+            q = ops.restore_sgd_(now.params, now.grads, buffers, backup, 0.5, **sgd, **averaged)
+        elif optimizer == "lion":
+            q = ops.restore_lion_(now.params, now.grads, means, backup, 0.5, weight_decay=0.1, **averaged)
         else:
-            ops.restore_adam_(now.params, now.grads, means, squares, largest, steps, backup, 0.5, **adam)
+            moments = (means, squares, largest)
+            q = ops.restore_adam_(now.params, now.grads, *moments, steps, backup, 0.5, **adam, **averaged)
         if not fused:
             q = ops.curvature_(
                 h, now.grads, params=now.params, backup=backup, lipschitz=rho, corrections=corrections, **AVERAGE
@@ -508,6 +513,21 @@ def test_pacgen_loses_no_digit() -> None:
     assert all_of_them == pytest.approx(n * one, rel=2e-15)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("eps", [0.1, 1e-200])  # the second leaves the range in which products are kept
+def test_pacgen_of_a_broken_curvature(bad: float, eps: float) -> None:
+    """Not finite in its own row, in the kernels and in the reference: -inf is no flat direction."""
+    params, h = [torch.ones(5000) for _ in range(2)], [torch.ones(5000) for _ in range(2)]
+    h[1][4321] = bad
+    one = scalar(1.0)
+    for psi in (
+        ops.pacgen(params, h, gamma=0.1, eps=eps),
+        reference.pacgen(params, h, [], 0.0 * one, one, 0.1, eps),
+    ):
+        assert psi[0].isfinite().all()
+        assert psi[1, 0].isnan()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pacgen_without_neighbourhood(dtype: torch.dtype) -> None:
     """eps = 0 and w = 0: the term is log 1. A NaN shows in its own row."""
@@ -557,28 +577,100 @@ def test_filter_norms_of_any_layout(layout: str) -> None:
 # ---- options ----
 
 
+NAN = math.nan
+TWO = torch.tensor([1.0, 1.0], dtype=torch.float64)
+STEPS: dict[str, Callable[..., object]] = {
+    "sgd": lambda t, backup, **options: ops.restore_sgd_(t, t, [], backup, 0.1, **options),
+    "adam": lambda t, backup, **options: ops.restore_adam_(
+        t, t, twins(t), twins(t), [], twins(t), backup, 0.1, **options
+    ),
+    "lion": lambda t, backup, **options: ops.restore_lion_(t, t, twins(t), backup, 0.1, **options),
+    "old name": lambda t, backup, curvatures=(), corrections=TWO, **options: ops.restore_sgd_curvature_(
+        t, t, [], curvatures, options.pop("lipschitz", []), backup, 0.1, corrections, **options
+    ),
+}
+
+#: Options that every step with averages refuses, and the message.
+BAD_AVERAGES: list[tuple[dict[str, Any], str]] = [
+    ({"decay": -1}, "decay: -1 given"),
+    ({"decay": 2}, "decay: 2 given"),
+    ({"decay": NAN}, "decay: nan given"),
+    ({"lipschitz_decay": NAN}, "lipschitz_decay: nan given"),
+    ({"lipschitz_decay": 1.5}, "lipschitz_decay: 1.5 given"),
+    ({"min_step": -1.0}, "min_step: -1.0 given"),
+    ({"min_step": math.inf}, "min_step: inf given"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_AVERAGES, ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_averages_beside_a_step_are_checked(step: str, options: dict[str, Any], message: str) -> None:
+    t, h, backup = [torch.ones(4)], [torch.ones(4)], torch.zeros(64, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        STEPS[step](t, backup, curvatures=h, corrections=TWO, **options)
+    with pytest.raises(ValueError, match=message):
+        ops.curvature_(h, t, **({"decay": 0.5} | options))
+    assert torch.equal(t[0], torch.ones(4)) and torch.equal(h[0], torch.ones(4))
+
+
+def test_averages_that_do_not_fit_are_refused() -> None:
+    t, backup = [torch.ones(4)], torch.zeros(64, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="curvature: not an option"):
+        ops.restore_sgd_(t, t, [], backup, 0.1, curvature=t)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="corrections: missing"):
+        ops.restore_lion_(t, t, [torch.ones(4)], backup, 0.1, curvatures=[torch.ones(4)])
+    with pytest.raises(ValueError, match="lipschitz: given without curvatures"):
+        ops.restore_sgd_(t, t, [], backup, 0.1, lipschitz=[torch.ones(4)])
+    with pytest.raises(ValueError, match="curvatures: an empty list"):
+        ops.restore_sgd_curvature_(t, t, [], [], [], backup, 0.1, TWO)
+    assert torch.equal(t[0], torch.ones(4))
+
+
 def test_options_are_checked() -> None:
     t = [torch.ones(4)]
     backup, key = ops.backup_like(t), ops.random_key(1)
-    calls = {
-        "law: 'gaussian' is none of": lambda: ops.scaled_noise_(t, backup, key, law="gaussian"),
+    wrong = [torch.ones(3)]
+    calls: dict[str, Callable[[], object]] = {
+        "law: 'gaussian' given; give one of": lambda: ops.scaled_noise_(t, backup, key, law="gaussian"),
         "gamma: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, gamma=-1.0),
+        "gamma: 'x' given": lambda: ops.scaled_noise_(t, backup, key, gamma="x"),  # type: ignore[arg-type]
         "scale: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, scale=-1.0, curvatures=t),
         "scale: inf given": lambda: ops.scaled_noise_(t, backup, key, scale=math.inf, eps=1.0),
+        "curvature_scale: nan given": lambda: ops.scaled_noise_(t, backup, key, curvatures=t, curvature_scale=NAN),
         "curvatures and sizes: both given": lambda: ops.scaled_noise_(t, backup, key, curvatures=t, sizes=t),
+        "curvatures: an empty list": lambda: ops.scaled_noise_(t, backup, key, curvatures=[]),
+        "sizes: an empty list": lambda: ops.scaled_noise_(t, backup, key, sizes=[]),
+        "lipschitz: an empty list": lambda: ops.scaled_noise_(t, backup, key, curvatures=t, lipschitz=[]),
+        "lipschitz: nan given": lambda: ops.scaled_noise_(t, backup, key, curvatures=t, lipschitz=NAN),
+        "lipschitz: 'global' given": lambda: ops.pacgen(t, t, lipschitz="global"),  # type: ignore[arg-type]
+        r"curvatures\[0\] has other sizes": lambda: ops.scaled_noise_(t, backup, key, curvatures=wrong, eps=1.0),
+        r"sizes\[0\] has other sizes": lambda: ops.scaled_noise_(t, backup, key, sizes=wrong),
         "law: 'truncated_normal' has no size": lambda: ops.probe_(t, key, law="truncated_normal"),
-        "source: 'cube' is none of": lambda: ops.curvature_(t, t, decay=0.5, source="cube"),
-        "decay: 2.0 given": lambda: ops.curvature_(t, t, decay=2.0),
+        "source: 'cube' given; give one of": lambda: ops.curvature_(t, t, decay=0.5, source="cube"),
+        "source_scale: nan given": lambda: ops.curvature_(t, t, decay=0.5, source_scale=NAN),
         "key: missing": lambda: ops.curvature_(t, t, decay=0.5, source="probed"),
         "params and backup: quotients need both": lambda: ops.curvature_(t, t, decay=0.5, params=t),
-        "eps: nan given": lambda: ops.pacgen(t, t, eps=math.nan),
+        "eps: nan given": lambda: ops.pacgen(t, t, eps=NAN),
         "random_key: seed -1": lambda: ops.random_key(-1),
         "random_key: seed 0, draw 4294967296": lambda: ops.random_key(0, 2**32),
+        "random_key: seed 1.5 given; give an integer": lambda: ops.random_key(1.5),  # type: ignore[arg-type]
     }
     for message, call in calls.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             call()
     assert torch.equal(t[0], torch.ones(4))
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    t, want = [torch.ones(4)], [torch.ones(4)]
+    key, backup = ops.random_key(np.int64(3), np.uint32(4), np.int16(5)), ops.backup_like(t)
+    assert torch.equal(key.view(torch.int64), ops.random_key(3, 4, 5).view(torch.int64))
+    numpy = {"gamma": np.float32(0.5), "eps": np.int64(1), "scale": np.float64(0.5), "lipschitz": np.float32(2.0)}
+    ops.scaled_noise_(t, backup, key, curvatures=[torch.ones(4)], **numpy)
+    ops.scaled_noise_(want, backup, key, curvatures=[torch.ones(4)], gamma=0.5, eps=1.0, scale=0.5, lipschitz=2.0)
+    ops.restore_sgd_(t, t, [], backup, np.float32(0.5), weight_decay=np.float32(0.5))  # type: ignore[arg-type]
+    ops.restore_sgd_(want, want, [], backup, 0.5, weight_decay=0.5)
+    assert torch.equal(t[0], want[0])
 
 
 def test_negative_tensors_are_refused() -> None:

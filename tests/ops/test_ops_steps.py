@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatmin import ops, reference
+from flatmin.optim import Lion
 from problems import (
     DTYPES,
     Problem,
@@ -166,6 +167,70 @@ def test_a_learning_rate_of_zero_restores(dtype: torch.dtype) -> None:
         assert all(same_bytes(p, w) for p, w in zip(params, start, strict=True))
 
 
+# ---- Lion against the paper ----
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_golden_lion(maximize: bool) -> None:
+    """Algorithm 2 of arXiv 2302.06675 by hand, with beta = (0.9, 0.99), lr 0.1 and weight decay 0.5. The fourth element
+    has c = 0, which moves by the decay alone."""
+    sign = -1.0 if maximize else 1.0
+    w = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    m = torch.tensor([0.5, -0.5, 0.0, 0.0], dtype=torch.float64)
+    g = sign * torch.tensor([-1.0, 9.0, 1.0, 0.0], dtype=torch.float64)
+    # c = 0.9 m + 0.1 g = (0.35, 0.45, 0.1, 0); w' = w - 0.1 (sign(c) + 0.5 w); m' = 0.99 m + 0.01 g
+    want_w = torch.tensor([0.85, -2.0, 0.375, 2.85], dtype=torch.float64)
+    want_m = torch.tensor([0.485, -0.405, 0.01, 0.0], dtype=torch.float64)
+    params, means = [w.clone()], [m.clone()]
+    backup = perturbed(params)
+    largest = ops.restore_lion_(params, [g], means, backup, 0.1, weight_decay=0.5, maximize=maximize)
+    assert largest.shape == (0,)
+    torch.testing.assert_close(params, [want_w], rtol=0.0, atol=1e-15)
+    torch.testing.assert_close(means, [want_m], rtol=0.0, atol=1e-15)
+    p = torch.nn.Parameter(w.clone())
+    optimizer = Lion([p], lr=0.1, weight_decay=0.5, maximize=maximize)
+    optimizer.state[p]["exp_avg"] = m.clone()
+    optimizer_step(optimizer, [p], [g])
+    torch.testing.assert_close(p.detach(), want_w, rtol=0.0, atol=1e-15)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], want_m, rtol=0.0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_lion_gives_the_bits_of_the_optimizer(maximize: bool, weight_decay: float, dtype: torch.dtype) -> None:
+    got, want = make_params(dtype), make_params(dtype)
+    optimizer = Lion(want, lr=0.01, weight_decay=weight_decay, maximize=maximize)
+    means = [torch.zeros_like(p) for p in got]
+    for step in range(STEPS):
+        grads = make_grads(dtype, step)
+        grads[0][1] = 0.0
+        ops.restore_lion_(got, grads, means, perturbed(got), 0.01, weight_decay=weight_decay, maximize=maximize)
+        optimizer_step(optimizer, want, grads)
+    assert all(same_bytes(a, b) for a, b in zip(got, want, strict=True))
+    assert all(same_bytes(m, optimizer.state[p]["exp_avg"]) for m, p in zip(means, want, strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_lion_keeps_nan(bad: float) -> None:
+    """A NaN of the gradient is one of the weight, infinity is a sign like any other: in the operator, in the optimizer
+    and in the reference. torch's sign of NaN is 0, which would hide it."""
+    g = torch.tensor([1.0, bad, -1.0])
+    results = []
+    for step in (ops.restore_lion_, reference.restore_lion_):
+        w = [torch.ones(3)]
+        lr, backup = torch.tensor(0.5, dtype=torch.float64), ops.backup_like(w)
+        ops.save_(w, backup)
+        step(w, [g], [torch.zeros(3)], backup, lr, beta1=0.9, beta2=0.99, weight_decay=0.0, maximize=False)
+        results.append(w[0])
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer_step(Lion([p], lr=0.5), [p], [g])
+    results.append(p.detach())
+    moved = torch.nan if bad != bad else 0.5 if bad > 0 else 1.5
+    for w in results:
+        torch.testing.assert_close(w, torch.tensor([0.5, moved, 1.5]), equal_nan=True)
+
+
 # ---- against the reference: 16-bit types, state of another type, any strides ----
 
 
@@ -278,3 +343,43 @@ def test_adam_equals_reference(start: Problem, step: float, betas: tuple[float, 
 def test_adam_of_large_lists(dtype: torch.dtype) -> None:
     options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-3, "weight_decay": 0.1}
     check_adam(large_problem(dtype), 0.01, 9.0, {**options, "decoupled": True, "amsgrad": True, "maximize": False})
+
+
+def check_lion(start: Problem, lr: float, options: dict[str, Any]) -> None:
+    got, want = start.copy(), start.copy()
+    means = start.state(1)
+    got_means, want_means = twins(means), twins(means)
+    backup = start.backup()
+    ops.sam_ascend_(got.params, got.grads, backup, torch.ones((), dtype=torch.float64), 1.0)
+    before = backup.clone()
+    ops.restore_lion_(got.params, got.grads, got_means, backup, lr, **options)
+    rate = torch.tensor(lr, dtype=torch.float64)
+    reference.restore_lion_(want.params, want.grads, want_means, before, rate, **options)
+    assert torch.equal(backup, before)
+    check_gaps(got.params, start.params)
+    for i, (p, expected) in enumerate(zip(got.params, want.params, strict=True)):
+        eps = arithmetic_eps(p.dtype)
+        m, g = means[i].double(), start.grads[i].double() * (-1.0 if options["maximize"] else 1.0)
+        size = m.abs() + g.abs()
+        # 2 roundings on one side, 3 on the other, each half an eps
+        assert_within(got_means[i], want_means[i], 3 * eps * size)
+        # where the terms cancel to less than their rounding the sign is a matter of that
+        mixed = options["beta1"] * m + (1.0 - options["beta1"]) * g
+        unsure = (mixed.abs() <= 3 * eps * size) & (size > 0)
+        assert_within(p, expected, 2 * eps * (start.params[i].double().abs() + lr) + 2 * lr * unsure)
+
+
+@given(
+    start=problems(),
+    beta1=st.sampled_from([0.9, 0.4, 0.0]),
+    beta2=st.sampled_from([0.99, 0.5]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    maximize=st.booleans(),
+)
+def test_lion_equals_reference(start: Problem, **options: Any) -> None:
+    check_lion(start, 0.5, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lion_of_large_lists(dtype: torch.dtype) -> None:
+    check_lion(large_problem(dtype), 0.01, {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "maximize": False})

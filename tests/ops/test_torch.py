@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from flatmin import ops
+from flatmin import ops, reference
+from flatmin.ops import _dispatch, _library
+from operator_arguments import OPERATORS, bound, call, good
 from problems import filled, same_bytes, twins
 
 SHAPES = [(5,), (4, 3), (0,), (2, 3, 4, 5)]
@@ -28,45 +33,11 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def raw_arguments(device: str = "cpu") -> dict[str, tuple[Any, ...]]:
-    """One call of each raw operator."""
-    w, g, m, v, x = (make(10 * k) for k in range(5))
-    v, x = ([t.abs() for t in values] for values in (v, x))
-    backup = ops.backup_like(w).zero_()
-    norm, rho, lr = scalar(2.0), scalar(0.05), scalar(0.1)
-    key = torch.tensor([7, 3], dtype=torch.uint64)
-    steps = [torch.ones(()) for _ in w]
-    one, corrections = scalar(1.0), torch.tensor([2.0, 1.5], dtype=torch.float64)
-    index, none, out = torch.tensor([5, 0, 5]), torch.empty(0, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
-    h, rho_i = ([t.abs() for t in make(10 * k)] for k in (5, 6))
-    arguments: dict[str, tuple[Any, ...]] = {
-        "norm": (g, w, 2.0, 1, 0.01),
-        "ties": (g, w, norm, 2, 0.01),
-        "sam_ascend_": (w, g, backup, norm, rho, key, 2.0, 1, 0.01, 1e-12),
-        "sam_norm_ascend_": (w, g, backup, rho, key, 2.0, 1, 0.01, 1e-12),
-        "restore_": (w, backup),
-        "restore_sgd_": (w, g, m, backup, lr, 0.9, 0.0, 0.01, True, False, False),
-        "restore_adam_": (w, g, m, v, x, steps, backup, lr, 0.9, 0.999, 1e-8, 0.01, True, True, False),
-        "restore_sgd_curvature_": (
-            *(w, g, m, h, rho_i, backup, lr, corrections, 0.9, 0.0, 0.01, True, False, False, 0.99, 0.1, 1e-8),
-        ),
-        "restore_adam_curvature_": (
-            *(w, g, m, v, x, steps, h, rho_i, backup, lr, corrections, 0.9, 0.999, 1e-8, 0.01, True, True, False),
-            *(0.99, 0.1, 1e-8),
-        ),
-        "scaled_noise_": (w, h, rho_i, backup, key, one, one, one, 1, 2, 0.1, 0.1),
-        "probe_": (w, key, 1),
-        "curvature_": (h, g, rho_i, w, backup, key, corrections, 2, 1.0, 0.99, 0.1, 1e-8),
-        "pacgen": (w, h, rho_i, one, one, 0.1, 0.1),
-        "filter_norm": (w, False),
-        "corrupt_labels": (torch.arange(12).view(3, 4), index, none, none, key, out, 12, 2**31, 11, 1, -100),
-        "draw_samples": (index, key, 3, 4, 1),
-    }
-    moved: dict[str, tuple[Any, ...]] = tree_map_only(Tensor, lambda t: t.to(device), arguments)
+def raw_arguments(name: str, device: str = "cpu") -> tuple[Any, ...]:
+    """One call of a raw operator, with an empty tensor in each list."""
+    arguments = bound(name, good(name, SHAPES))
+    moved: tuple[Any, ...] = tree_map_only(Tensor, lambda t: t.to(device), arguments)
     return moved
-
-
-OPERATORS = sorted(raw_arguments())
 
 
 # ---- opcheck ----
@@ -76,7 +47,7 @@ OPERATORS = sorted(raw_arguments())
 def test_opcheck(name: str) -> None:
     """Schema (what is mutated, what aliases), fake implementation, registration with autograd, dynamic shapes."""
     with torch.no_grad():
-        results = torch.library.opcheck(getattr(torch.ops.flatmin, name).default, raw_arguments()[name])
+        results = torch.library.opcheck(getattr(torch.ops.flatmin, name).default, raw_arguments(name))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -86,76 +57,55 @@ def test_opcheck_of_isa() -> None:
     assert results == {"test_schema": "SUCCESS"}
 
 
+SCHEMAS = Path(__file__).with_name("operators.txt")
+
+
 def test_schemas_are_the_published_ones() -> None:
-    """The names and the order of arguments are an interface: code calls torch.ops.flatmin by them."""
-    assert str(torch.ops.flatmin.norm.default._schema) == (
-        "flatmin::norm(Tensor[] tensors, Tensor[] weights, float q, int scaling, float eta) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.ties.default._schema) == (
-        "flatmin::ties(Tensor[] tensors, Tensor[] weights, Tensor norm, int scaling, float eta) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.sam_ascend_.default._schema) == (
-        "flatmin::sam_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor norm, Tensor rho, "
-        "Tensor key, float q, int scaling, float eta, float eps) -> ()"
-    )
-    assert str(torch.ops.flatmin.sam_norm_ascend_.default._schema) == (
-        "flatmin::sam_norm_ascend_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) backup, Tensor rho, Tensor key, "
-        "float q, int scaling, float eta, float eps) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.restore_.default._schema) == (
-        "flatmin::restore_(Tensor(a!)[] params, Tensor backup) -> ()"
-    )
-    assert str(torch.ops.flatmin.restore_sgd_.default._schema) == (
-        "flatmin::restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor backup, "
-        "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
-        "bool first_step) -> ()"
-    )
-    assert str(torch.ops.flatmin.restore_adam_.default._schema) == (
-        "flatmin::restore_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor backup, Tensor lr, float beta1, float beta2, "
-        "float eps, float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()"
-    )
-    assert str(torch.ops.flatmin.restore_sgd_curvature_.default._schema) == (
-        "flatmin::restore_sgd_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-        "Tensor(c!)[] curvatures, Tensor(d!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, "
-        "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, "
-        "float decay, float lipschitz_decay, float min_step) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.restore_adam_curvature_.default._schema) == (
-        "flatmin::restore_adam_curvature_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-        "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] curvatures, "
-        "Tensor(g!)[] lipschitz, Tensor backup, Tensor lr, Tensor corrections, float beta1, float beta2, float eps, "
-        "float weight_decay, bool decoupled, bool amsgrad, bool maximize, float decay, float lipschitz_decay, "
-        "float min_step) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.scaled_noise_.default._schema) == (
-        "flatmin::scaled_noise_(Tensor(a!)[] params, Tensor[] sizes, Tensor[] lipschitz, Tensor(b!) backup, "
-        "Tensor key, Tensor scale, Tensor lipschitz_constant, Tensor curvature_scale, int sizing, int law, "
-        "float gamma, float eps) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.probe_.default._schema) == (
-        "flatmin::probe_(Tensor(a!)[] tensors, Tensor key, int law) -> ()"
-    )
-    assert str(torch.ops.flatmin.curvature_.default._schema) == (
-        "flatmin::curvature_(Tensor(a!)[] curvatures, Tensor[] sources, Tensor(b!)[] lipschitz, Tensor[] params, "
-        "Tensor backup, Tensor key, Tensor corrections, int source, float source_scale, float decay, "
-        "float lipschitz_decay, float min_step) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.pacgen.default._schema) == (
-        "flatmin::pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, "
-        "Tensor curvature_scale, float gamma, float eps) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.filter_norm.default._schema) == (
-        "flatmin::filter_norm(Tensor[] tensors, bool whole) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.corrupt_labels.default._schema) == (
-        "flatmin::corrupt_labels(Tensor labels, Tensor index, Tensor bounds, Tensor targets, Tensor key, "
-        "Tensor(a!) out, int classes, int threshold, int span, int offset, int ignore_index) -> ()"
-    )
-    assert str(torch.ops.flatmin.draw_samples.default._schema) == (
-        "flatmin::draw_samples(Tensor index, Tensor key, int count, int inner, int law) -> Tensor"
-    )
-    assert str(torch.ops.flatmin.isa.default._schema) == "flatmin::isa() -> int"
+    """The names and the order of arguments are an interface: code calls torch.ops.flatmin by them.
+
+    A change of operators.txt is a change of the interface. The list that it is compared with is torch's own.
+    """
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("flatmin::")}
+    names -= {"flatmin::cuda_ready"}  # of the CUDA library alone
+    schemas = sorted(str(schema) for name in names for schema in torch._C._jit_get_schemas_for_operator(name))
+    assert schemas == SCHEMAS.read_text().splitlines()
+
+
+def test_the_reference_has_the_names_of_the_schemas() -> None:
+    """Both are called by keyword, so a name that differs is a TypeError for whoever has no kernel."""
+    for name, arguments in _library.ARGUMENTS.items():
+        assert set(inspect.signature(getattr(reference, name)).parameters) == set(arguments), name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_returns_what_the_kernel_returns(name: str) -> None:
+    """Its shape and type, and nothing from an operator that returns nothing."""
+    expected, got = call(name, good(name, SHAPES)), getattr(reference, name)(**good(name, SHAPES))
+    if expected is None:
+        assert got is None
+    else:
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+
+
+def test_a_result_without_a_shape_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that returns something, but has no shape function, would only fail once it is compiled."""
+    monkeypatch.delitem(_library._RESULTS, "norm")
+    with pytest.raises(ImportError, match="norm"):
+        _library._fake("norm")
+
+
+def test_a_call_gives_the_arguments_of_the_schema() -> None:
+    with pytest.raises(TypeError, match=r"restore_: arguments .*'backup', 'extra'"):
+        _dispatch.run("restore_", **good("restore_"), extra=1)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_every_public_name_stays(module: ModuleType) -> None:
+    """What could be imported before ops and reference were cut into files."""
+    names = Path(__file__).with_name(f"names_of_{module.__name__.split('.')[1]}.txt").read_text().split()
+    assert len(names) >= 15
+    assert [name for name in names if not hasattr(module, name)] == []
+    assert set(names) <= set(module.__all__)
 
 
 # ---- fake and meta tensors ----
@@ -163,8 +113,8 @@ def test_schemas_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_meta_tensors(name: str) -> None:
-    result = getattr(torch.ops.flatmin, name).default(*raw_arguments("meta")[name])
-    expected = getattr(torch.ops.flatmin, name).default(*raw_arguments()[name])
+    result = getattr(torch.ops.flatmin, name).default(*raw_arguments(name, "meta"))
+    expected = getattr(torch.ops.flatmin, name).default(*raw_arguments(name))
     if isinstance(expected, Tensor):
         assert result.device.type == "meta" and result.dtype == expected.dtype and result.shape == expected.shape
     else:
@@ -185,6 +135,16 @@ def test_fake_tensors_through_the_public_operators() -> None:
 # ---- torch.compile ----
 
 
+def stochastic_step(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
+) -> Tensor:
+    """An ascent of 16-bit weights that rounds by a key made in the graph."""
+    narrow = [p.bfloat16() for p in params]
+    norm = ops.sam_norm_ascend_(narrow, grads, ops.backup_like(narrow), rho, key=ops.random_key(7, 3))
+    torch._foreach_copy_(params, narrow)
+    return norm
+
+
 def sgd_step(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
 ) -> Tensor:
@@ -194,6 +154,20 @@ def sgd_step(
     again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
     ops.restore_sgd_(params, again, buffers, backup, lr, momentum=0.9, weight_decay=0.01, nesterov=True)
     return norm
+
+
+def blended_step(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
+) -> Tensor:
+    """A surrogate-gap step: the ascent along a gradient, and two gradients blended by their products."""
+    ops.axpy_(params, grads, rho, backup=backup)
+    again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
+    products = ops.gram(grads, again, buffers)
+    share = products[0, 1] / products[1, 1]
+    ops.blend_(again, grads, buffers, coefficients=torch.stack([share, -share, rho]))
+    ops.restore_lion_(params, again, buffers, backup, lr, weight_decay=0.01)
+    ops.save_(params, backup)
+    return products
 
 
 def adam_step(
@@ -219,15 +193,14 @@ def restore_step(
     return loss
 
 
-NOISE_KEY = torch.tensor([3, 4], dtype=torch.uint64)  # inductor makes no uint64
-
-
 def noise_step(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], backup: Tensor, rho: Tensor, lr: Tensor
 ) -> Tensor:
     """A whole step under noise, with the averages that the next one needs."""
     h, lipschitz = [b.abs() for b in buffers], [b.abs() for b in buffers]
-    tally = ops.scaled_noise_(params, backup, NOISE_KEY, law="normal", curvatures=h, lipschitz=rho, gamma=0.1, eps=0.1)
+    tally = ops.scaled_noise_(
+        params, backup, ops.random_key(2**63 + 3, 4, 1), law="normal", curvatures=h, lipschitz=rho, gamma=0.1, eps=0.1
+    )
     again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
     corrections = torch.tensor([2.0, 1.5], dtype=torch.float64)
     largest = ops.restore_sgd_curvature_(
@@ -246,7 +219,7 @@ def step_arguments() -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, 
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step, noise_step])
+@pytest.mark.parametrize("step", [sgd_step, adam_step, restore_step, noise_step, stochastic_step, blended_step])
 def test_compiled_as_one_graph(step: Step, backend: str) -> None:
     """No graph break, and the same weights, state, backup and norm as without compilation.
 
@@ -327,6 +300,11 @@ def test_versions_of_everything_written() -> None:
     h, rho = ([t.abs() for t in make(k)] for k in (7, 8))
     key, corrections = ops.random_key(1), torch.ones(2, dtype=torch.float64)
     average: list[Any] = [h, rho, backup, 0.1, corrections]
+    curved: dict[str, Any] = {"curvatures": h, "corrections": corrections}
+    assert written(lambda: ops.restore_lion_(params, grads, buffers, backup, 0.1, **curved), params, buffers, h)
+    assert written(lambda: ops.save_(params, backup), [backup])
+    assert written(lambda: ops.axpy_(params, grads, 0.5, backup=backup), params, [backup])
+    assert written(lambda: ops.blend_(buffers, grads, params, coefficients=(1.0, 2.0, 3.0)), buffers)
     assert written(lambda: ops.scaled_noise_(params, backup, key, eps=1.0), params, [backup])
     assert written(lambda: ops.probe_(buffers, key), buffers)
     assert written(lambda: ops.curvature_(h, grads, decay=0.5, params=params, backup=backup, lipschitz=rho), h, rho)

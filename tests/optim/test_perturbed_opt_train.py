@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin import PerturbedOPT, ops
-from flatmin.optim import _fused
+from flatmin.optim import Lion, _fused
 from models import (
     backward,
     batches,
@@ -97,6 +97,7 @@ FUSED = [
     (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "dampening": 0.1, "maximize": True}),
     (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
     (torch.optim.AdamW, {"lr": 0.01}),
+    (Lion, {"lr": 0.001, "weight_decay": 0.1}),
 ]
 
 

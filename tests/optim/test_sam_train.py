@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flatmin import SAM
-from flatmin.optim import _fused
+from flatmin.optim import Lion, _fused
 from models import (
     Batch,
     backward,
@@ -161,6 +161,18 @@ def test_fused_sgd_is_restore_and_step_bit_for_bit(
     assert same_bits(*([state["momentum_buffer"] for state in s if options["momentum"]] for s in (s1, s2)))
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fused_lion_is_restore_and_step_bit_for_bit(
+    maximize: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, object] = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": maximize}
+    w1, w2, s1, s2 = fused_and_plain(Lion, options, dtype, monkeypatch)
+    assert same_bits(w1, w2)
+    assert [list(state) for state in s1] == [list(state) for state in s2] == [["exp_avg"]] * len(w1)
+    assert same_bits(*([state["exp_avg"] for state in s] for s in (s1, s2)))
+
+
 ADAM_OPTIONS = [
     {"lr": 0.01, "weight_decay": wd, "amsgrad": ams, "maximize": mx}
     for wd, ams, mx in itertools.product((0.0, 0.1), (False, True), (False, True))
@@ -210,6 +222,7 @@ def test_what_is_fused_and_what_is_left_to_the_base(monkeypatch: pytest.MonkeyPa
     assert fused()
     assert fused(torch.optim.Adam)
     assert fused(torch.optim.AdamW)
+    assert fused(Lion)
     assert fused(prepare=lambda base: torch.optim.lr_scheduler.StepLR(base, 1))
     assert not fused(_OwnSGD)
     assert not fused(torch.optim.Adadelta)

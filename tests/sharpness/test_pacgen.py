@@ -322,7 +322,7 @@ def test_rescaling_a_relu_layer_changes_nothing_without_eps() -> None:
 def test_curvature_from_every_source() -> None:
     net, data = small_net(torch.float64), batches(2, torch.float64)
     exact = curvature.exact_diag(net, F.cross_entropy, data)
-    options: dict[str, Any] = {"lipschitz": 1.0, "noise_samples": 0, "samples": 2}
+    options: dict[str, Any] = {"lipschitz": 1.0, "noise_samples": 0, "curvature_samples": 2}
     by_name = pacgen(net, F.cross_entropy, data, curvature="exact", **options)
     given_list = pacgen(net, F.cross_entropy, data, curvature=exact, **options)
     by_call = pacgen(net, F.cross_entropy, data, curvature=curvature.exact_diag, **options)
@@ -346,8 +346,8 @@ def test_curvature_from_every_source() -> None:
 
 def test_lipschitz_constants_are_those_of_the_estimator() -> None:
     net, data = small_net(torch.float64), batches(1, torch.float64)
-    options: dict[str, Any] = {"curvature": "hutchinson", "samples": 2, "noise_samples": 0}
-    own: dict[str, Any] = {"probes": 2}
+    options: dict[str, Any] = {"curvature": "hutchinson", "curvature_samples": 2, "noise_samples": 0}
+    own: dict[str, Any] = {"curvature_samples": 2}
     largest = pacgen(net, F.cross_entropy, data, **options)
     assert largest.lipschitz == curvature.lipschitz(net, F.cross_entropy, data, **own)
     clipped = pacgen(net, F.cross_entropy, data, lipschitz="quantile", quantile=0.5, **options)
@@ -359,13 +359,13 @@ def test_lipschitz_constants_are_those_of_the_estimator() -> None:
     assert each.psi <= largest.psi
     # tensors as curvature: the quotients are between two Hutchinson estimates all the same
     exact = curvature.exact_diag(net, F.cross_entropy, data)
-    given_list = pacgen(net, F.cross_entropy, data, samples=2, noise_samples=0, curvature=exact)
+    given_list = pacgen(net, F.cross_entropy, data, curvature_samples=2, noise_samples=0, curvature=exact)
     assert given_list.lipschitz == largest.lipschitz
 
 
 def test_layers_add_up_and_carry_their_names() -> None:
     net, data = small_net(), batches(2)
-    found = pacgen(net, F.cross_entropy, data, samples=2, noise_samples=1)
+    found = pacgen(net, F.cross_entropy, data, curvature_samples=2, noise_samples=1)
     names = dict(net.named_parameters())
     assert [layer.name for layer in found.layers] == list(names)
     assert [layer.size for layer in found.layers] == [p.numel() for p in names.values()]
@@ -375,7 +375,7 @@ def test_layers_add_up_and_carry_their_names() -> None:
     assert found.samples == 16
     losses = [F.cross_entropy(net(x), y).item() for x, y in data]
     assert found.training_loss == pytest.approx(sum(losses) / 2, rel=1e-6)
-    last = pacgen(net, F.cross_entropy, data, samples=2, noise_samples=1, params=net[5].parameters())
+    last = pacgen(net, F.cross_entropy, data, curvature_samples=2, noise_samples=1, params=net[5].parameters())
     assert [layer.name for layer in last.layers] == ["5.weight", "5.bias"]
 
 
@@ -390,12 +390,12 @@ def test_a_curvature_that_is_not_finite_names_the_parameter() -> None:
         pacgen(net, F.cross_entropy, data, curvature=bad)
     bad[2][0, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"lipschitz: not finite in 1 of 144 elements of '2\.weight'"):
-        pacgen(net, F.cross_entropy, data, samples=1, lipschitz=bad)
+        pacgen(net, F.cross_entropy, data, curvature_samples=1, lipschitz=bad)
     with torch.no_grad():
         net[5].bias[0] = float("nan")
     for kind in ("hutchinson", "gnb", "squared_gradient", "exact"):
         with pytest.raises(ValueError, match=r"curvature: not finite in .* of '0\.weight'"):
-            pacgen(net, F.cross_entropy, data, samples=1, curvature=kind)
+            pacgen(net, F.cross_entropy, data, curvature_samples=1, curvature=kind)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_a_curvature_that_is_not_finite_names_the_parameter() -> None:
         ({"eps": math.nan}, "eps: nan given"),
         ({"gamma": 0.0, "eps": 0.0}, "gamma and eps: both 0"),
         ({"delta": 1.0}, "delta: 1.0 given"),
-        ({"samples": 0}, "samples: 0 given"),
+        ({"curvature_samples": 0}, "curvature_samples: 0 given"),
         ({"noise_samples": -1}, "noise_samples: -1 given"),
         ({"curvature": "fisher"}, "curvature: 'fisher' is none of"),
         ({"curvature": [torch.ones(2)]}, "curvature: 1 tensors given for 6"),
@@ -417,7 +417,7 @@ def test_a_curvature_that_is_not_finite_names_the_parameter() -> None:
 )  # fmt: skip
 def test_refusals_name_the_argument(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pacgen(small_net(), F.cross_entropy, batches(1), **({"samples": 1} | options))
+        pacgen(small_net(), F.cross_entropy, batches(1), **({"curvature_samples": 1} | options))
 
 
 # ---- the report ----
@@ -425,7 +425,7 @@ def test_refusals_name_the_argument(options: dict[str, Any], message: str) -> No
 
 @pytest.fixture
 def report() -> PACGen:
-    return pacgen(small_net(), F.cross_entropy, batches(2), samples=2, noise_samples=1)
+    return pacgen(small_net(), F.cross_entropy, batches(2), curvature_samples=2, noise_samples=1)
 
 
 def test_table(report: PACGen) -> None:
@@ -462,7 +462,9 @@ def test_dictionary_is_json(report: PACGen) -> None:
     assert Bound(**found["truncated_normal"]) == report.truncated_normal
     assert report.sharpness is not None
     assert found["sharpness"] == {"value": report.sharpness.value, "stderr": None, "samples": 1}  # one draw: no error
-    each = pacgen(small_net(), F.cross_entropy, batches(1), samples=1, noise_samples=0, lipschitz="element").as_dict()
+    each = pacgen(
+        small_net(), F.cross_entropy, batches(1), curvature_samples=1, noise_samples=0, lipschitz="element"
+    ).as_dict()
     assert json.loads(json.dumps(each, allow_nan=False)) == each
     assert each["sharpness"] is None
     assert each["lipschitz"]["largest"] >= each["lipschitz"]["median"]
@@ -487,7 +489,9 @@ def test_figure_of_many_layers_joins_the_smallest() -> None:
     pytest.importorskip("matplotlib")
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
-    found = pacgen(net, F.cross_entropy, (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])), samples=1, noise_samples=0)
+    found = pacgen(
+        net, F.cross_entropy, (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])), curvature_samples=1, noise_samples=0
+    )
     left = found.plot().axes[0]
     labels = [tick.get_text() for tick in left.get_yticklabels()]
     assert len(labels) == 24

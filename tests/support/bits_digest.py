@@ -156,6 +156,36 @@ def adam_steps(dtype: torch.dtype) -> dict[str, str]:
     return results
 
 
+def lion_steps(dtype: torch.dtype) -> dict[str, str]:
+    results = {}
+    for state_dtype in {dtype: None, torch.float32: None}:
+        for weight_decay, maximize in ((0.0, False), (0.1, True)):
+            params, grads, backup = backed_up(dtype)
+            means = tensors(7, state_dtype)
+            ops.restore_lion_(params, grads, means, backup, 0.01, weight_decay=weight_decay, maximize=maximize)
+            results[f"lion {weight_decay} {maximize} {state_dtype}"] = digest([*params, *means])
+    return results
+
+
+def linear(dtype: torch.dtype) -> dict[str, str]:
+    """Inner products of two to four lists; sums of two and of three, with coefficients of 0; a copy to the backup."""
+    results = {}
+    lists = [tensors(20 + k, dtype, spread=6) for k in range(4)]
+    for k in (2, 3, 4):
+        results[f"gram of {k}"] = digest([ops.gram(*lists[:k])])
+    for coefficients in ((0.5, -2.0), (1.0, 0.0), (0.7, -1.1, 3.0), (0.0, 1.0, 0.0)):
+        params = tensors(4, dtype)
+        ops.blend_(params, lists[0], lists[1] if len(coefficients) == 3 else (), coefficients=coefficients)
+        results[f"blend {coefficients}"] = digest(params)
+    backup = ops.backup_like(params).zero_()
+    for saved in (None, backup):
+        ops.axpy_(params, lists[2], -0.3, backup=saved)
+        results[f"axpy {saved is not None}"] = digest([*params, backup])
+    ops.save_(params, backup)
+    results["save"] = digest([backup])
+    return results
+
+
 def noise(dtype: torch.dtype) -> dict[str, str]:
     """Each law and way to size it, probes, averages, PACGen and filter norms."""
     results = {}
@@ -207,6 +237,10 @@ def averages(dtype: torch.dtype) -> dict[str, str]:
             params, grads, buffers, squares, [], steps, h, [], backup, 0.1, corrections, **average
         )
         results["adam with average"] = digest([*params, *buffers, *squares, *h, q.view(1)])
+        q = ops.restore_lion_(
+            params, grads, buffers, backup, 0.1, curvatures=h, lipschitz=rho, corrections=corrections, **average
+        )
+        results["lion with average"] = digest([*params, *buffers, *h, *rho, q.view(1)])
     return results
 
 
@@ -230,13 +264,12 @@ def samples(dtype: torch.dtype) -> dict[str, str]:
                 noisy = ops.corrupt_labels(labels, key, 1000, p, kind=kind, index=index)
                 results[f"labels {n}x{inner} {name} {kind}"] = digest([noisy])
             for law in ("uniform", "normal", "rademacher"):
-                results[f"draws {n}x{inner} {name} {law}"] = digest(
-                    [ops.draw_samples(n, inner, key, law=law, index=index)]
-                )
+                drawn = ops.draw_samples(n, inner, key, law=law, index=index)
+                results[f"draws {n}x{inner} {name} {law}"] = digest([drawn])
     return results
 
 
-GROUPS = (norms, ascents, sgd_steps, adam_steps, noise, averages, samples)
+GROUPS = (norms, ascents, sgd_steps, adam_steps, lion_steps, linear, noise, averages, samples)
 
 
 def digests() -> dict[str, str]:
@@ -249,4 +282,4 @@ def digests() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"isa": torch.ops.flatmin.isa(), "digests": digests()}))
+    print(json.dumps({"isa": torch.ops.flatmin.isa(), "library": ops.__file__, "digests": digests()}))

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
+from drawing import st
 from flatmin import ops
 from problems import LAYOUTS, Problem, fill
 
@@ -35,6 +35,19 @@ ADAM_OPTIONS = st.fixed_dictionaries(
         "maximize": st.booleans(),
     }
 )
+
+LION_OPTIONS = st.fixed_dictionaries(
+    {
+        "beta1": st.sampled_from([0.9, 0.0]),
+        "beta2": st.sampled_from([0.99, 0.5]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "maximize": st.booleans(),
+    }
+)
+
+#: Of two lists and of three; a term of coefficient 0 is left out.
+COEFFICIENTS = st.sampled_from([(0.5, -2.0), (1.0, 1.0, -1.0), (0.0, 0.75, 3.0), (-1.5, 0.0, 0.0)])
+FUSED_BASES = ("sgd", "adam", "lion")
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
@@ -156,7 +169,30 @@ def averages(problem: Problem, source: str) -> list[Tensor]:
     return [largest, *h, *rho, *probes]
 
 
-def step_with_averages(problem: Problem, adam: bool) -> list[Tensor]:
+def lion_step(problem: Problem, options: Options) -> list[Tensor]:
+    """Parameters and averages after a restore fused with a step."""
+    backup = problem.backup()
+    ops.save_(problem.params, backup)
+    means = problem.state(1)
+    ops.restore_lion_(problem.params, problem.grads, means, backup, 0.01, **options)
+    return [*problem.params, *means, backup]
+
+
+def linear(problem: Problem, coefficients: tuple[float, ...]) -> list[Tensor]:
+    """Inner products of two to four lists, and sums of two and three."""
+    params, grads, others = problem.params, problem.grads, problem.state(1)
+    lists = (params, grads, others, problem.state(2))
+    results = [ops.gram(*lists[:k]) for k in (2, 3, 4)]
+    ops.blend_(params, grads, others if len(coefficients) == 3 else (), coefficients=coefficients)
+    results += [p.clone() for p in params]
+    backup = problem.backup()
+    ops.axpy_(params, grads, -0.375, backup=backup)
+    results += [*(p.clone() for p in params), backup]
+    ops.axpy_(params, others, 1.5)
+    return [*results, *params]
+
+
+def step_with_averages(problem: Problem, base: str) -> list[Tensor]:
     """Restore, step and averages in one pass; 16-bit parameters are left out."""
     wide = [i for i, p in enumerate(problem.params) if p.element_size() > 2]
     if not wide:
@@ -168,10 +204,13 @@ def step_with_averages(problem: Problem, adam: bool) -> list[Tensor]:
     h, rho, buffers = problem.state(1, positive=True), problem.state(2, positive=True), problem.state(3)
     squares = problem.state(4, positive=True)
     corrections = torch.tensor([2.0, 1.5], dtype=torch.float64).to(backup.device)
-    average = (h, rho, backup, 0.01, corrections)
-    if adam:
+    average: Options = {"curvatures": h, "lipschitz": rho, "corrections": corrections}
+    lists = problem.params, problem.grads, buffers
+    if base == "adam":
         steps = [torch.tensor(float(i)) for i in range(len(problem.params))]
-        largest = ops.restore_adam_curvature_(problem.params, problem.grads, buffers, squares, [], steps, *average)
+        largest = ops.restore_adam_(*lists, squares, [], steps, backup, 0.01, **average)
+    elif base == "lion":
+        largest = ops.restore_lion_(*lists, backup, 0.01, **average)
     else:
-        largest = ops.restore_sgd_curvature_(problem.params, problem.grads, buffers, *average, momentum=0.9)
+        largest = ops.restore_sgd_(*lists, backup, 0.01, momentum=0.9, **average)
     return [largest, *problem.params, *buffers, *squares, *h, *rho, backup]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
+from drawing import st
 from flatmin import ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

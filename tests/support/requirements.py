@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
 
 import flatmin
+from drawing import HYPOTHESIS
 from flatmin.ops import _library
 
 #: The compiler that CMake would take.
@@ -17,6 +19,13 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 CPU_LIBRARY = Path(flatmin.__file__).with_name("_C.so")
 CUDA_LIBRARY = CPU_LIBRARY.with_name("_C_cuda.so")
+
+#: The wheels for other machines, as far as `make wheels` has made them.
+WHEELS = sorted(Path(__file__).resolve().parents[2].glob("dist/flatmin-*-manylinux_*.whl"))
+
+#: Dense tensors that one CUDA launch carries, from the only place that says so.
+_LAUNCHER = Path(__file__).resolve().parents[2] / "cuda/fm_cuda.h"
+LAUNCH_ROWS = int(re.findall(r"FM_CUDA_ROWS = (\d+)", _LAUNCHER.read_text())[0])
 
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
 GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
@@ -27,6 +36,8 @@ PARTS = {
     "a build with nvcc": NVCC is not None or CUDA_LIBRARY.exists(),
     "a CUDA build of torch": torch.version.cuda is not None,
     "a CPU build of torch": torch.version.cuda is None,
+    "hypothesis": HYPOTHESIS,
+    "the wheels of `make wheels`": bool(WHEELS),
 }
 
 

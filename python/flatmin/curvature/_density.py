@@ -142,7 +142,8 @@ class SpectralDensity:
         left.set_title(
             f"{self.dimension:,} eigenvalues, {len(self.nodes)} probe{'s' if len(self.nodes) > 1 else ''}", fontsize=11
         )
-        right.set_title(f"below 0: {100.0 * below.value:.3g} % of the eigenvalues", fontsize=11)
+        spread = "" if math.isnan(below.stderr) else rf" $\pm$ {100.0 * below.stderr:.2g}"
+        right.set_title(f"below 0: {100.0 * below.value:.3g}{spread} % of the eigenvalues", fontsize=11)
         if len(self.nodes) > 1:
             left.legend(fontsize=8, frameon=False)
         if path is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
+from .._deprecated import renamed_arguments
+from ._arguments import check_seed
+from ._batches import Source
 from ._labels import LabelSampler
 from ._measurement import LossFn, Measurement, check_tensors, gradient, second
 from ._probes import Estimate, Moments, Probed, Probes, check_sampling
@@ -24,10 +27,11 @@ __all__ = [
     "squared_gradient_diag",
 ]
 
-#: ``diag(model, loss_fn, data, params=params)`` returns tensors like the parameters, or an :class:`Estimate`.
+#: ``curvature(model, loss_fn, data, params=params)`` returns tensors like the parameters, or an :class:`Estimate`.
 Diagonal = Callable[..., Any]
 
 
+@renamed_arguments(law="distribution")
 def hutchinson_diag(
     model: nn.Module,
     loss_fn: LossFn,
@@ -36,7 +40,7 @@ def hutchinson_diag(
     params: Iterable[Tensor] | None = None,
     samples: int = 100,
     method: str = "autograd",
-    law: str = "rademacher",
+    distribution: str = "rademacher",
     step: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -50,18 +54,37 @@ def hutchinson_diag(
         model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
         samples: number of probes >= 1; each is one :func:`hvp` over all of the data.
         method, step: as in :func:`hvp`. Finite differences hold no probe in memory during a pass.
-        law: "rademacher" or "normal".
+        distribution: of the probes, "rademacher" or "normal".
         seed: of the probes.
 
     Returns:
         ``(value, stderr, samples)``.
     """
-    difference = check_sampling(samples, law, method, step)
+    options: dict[str, Any] = {"params": params, "samples": samples, "seed": seed, "progress": progress}
+    options |= {"method": method, "distribution": distribution, "step": step}
+    return _hutchinson(model, loss_fn, data, **options).estimate()
+
+
+def _hutchinson(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None,
+    samples: int,
+    seed: int,
+    progress: bool | None,
+    method: str,
+    distribution: str = "rademacher",
+    step: float | None = None,
+    keep_means: bool = False,
+) -> Moments:
+    difference = check_sampling(samples, distribution, method, step, seed)
     with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
-        probes, moments = Probes(m, law, difference, step, seed), Moments(m)
+        probes, moments = Probes(m, distribution, difference, step, seed), Moments(m, keep_means)
         for draw in range(samples):
             moments.add(probes[draw])
-        return moments.estimate()
+        return moments
 
 
 # ---- other diagonals ----
@@ -94,6 +117,7 @@ def gnb_diag(
     data: Any,
     *,
     params: Iterable[Tensor] | None = None,
+    class_dim: int | None = None,
     samples: int = 1,
     seed: int = 0,
     progress: bool | None = None,
@@ -108,26 +132,51 @@ def gnb_diag(
         model: returns logits, or log-probabilities, of shape (N, C) or, with a target per position, (N, C, ...) or
             (N, ..., C).
         loss_fn: not evaluated: the Gauss-Newton matrix of the cross-entropy does not depend on the labels, smoothed or
-            not.
-        data: targets are class indices (-100 is ignored) or probabilities like the logits.
+            not. An ``ignore_index`` of it counts, and torch's own criteria have their classes in dimension 1.
+        data: targets are class indices (-100, or ``ignore_index``, is ignored) or probabilities like the logits.
         params, progress: see :mod:`flatmin.curvature`.
+        class_dim: dimension of the logits that holds the classes, not the first one. None: dimension 1 or the last one,
+            whichever fits the targets; where both do, that of torch's criteria if ``loss_fn`` is one.
         samples: how often labels are drawn for all of the data, >= 1; one pass each.
         seed: of the labels.
 
     Returns:
         ``(value, stderr, samples)``; the standard error is that over the draws of labels.
+
+    Raises:
+        ValueError: the classes may be in either of two dimensions (give ``class_dim``), or an argument cannot be used.
+        TypeError: the model returns no logits.
     """
+    options: dict[str, Any] = {"params": params, "samples": samples, "seed": seed, "progress": progress}
+    return _gnb(model, loss_fn, data, class_dim=class_dim, **options).estimate()
+
+
+def _gnb(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Any,
+    *,
+    params: Iterable[Tensor] | None,
+    samples: int,
+    seed: int,
+    progress: bool | None,
+    class_dim: int | None = None,
+    keep_means: bool = False,
+) -> Moments:
     check_int("samples", samples, 1)
+    check_seed(seed)
+    if class_dim is not None and (not isinstance(class_dim, int) or isinstance(class_dim, bool)):
+        raise TypeError(f"class_dim: {class_dim!r} given; give the dimension of the logits that holds the classes")
     with Measurement(model, loss_fn, data, params, "Gauss-Newton-Bartlett", samples, progress) as m:
-        labels, moments = LabelSampler(seed), Moments(m)
+        labels, moments = LabelSampler(seed, loss_fn, class_dim), Moments(m, keep_means)
 
         def term(inputs: Any, targets: Any) -> tuple[list[Tensor | None], float]:
-            loss, count = labels.cross_entropy(m.model(inputs), targets)
+            loss, count = labels.cross_entropy(*m.outputs(inputs, targets))
             return gradient(loss, m.params), float(count)
 
         for _ in range(samples):
             moments.add(Probed.plain(m.mean_square(term), m))
-        return moments.estimate()
+        return moments
 
 
 def exact_diag(
@@ -145,6 +194,7 @@ def exact_diag(
         model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
         limit: ``ValueError`` for more parameters than this.
     """
+    check_int("limit", limit, 0)
     with Measurement(model, loss_fn, data, params, "exact diagonal", 1, progress) as m:
         total = sum(p.numel() for p in m.params)
         if total > limit:
@@ -185,43 +235,56 @@ def spatial_average(diag: Sequence[Tensor]) -> list[Tensor]:
 
 # ---- diagonals by name ----
 
-_DIAGONALS: dict[str, Diagonal] = {
-    "hutchinson": hutchinson_diag,
-    "gnb": gnb_diag,
-    "squared_gradient": squared_gradient_diag,
-    "exact": exact_diag,
-}
+_EXACT: dict[str, Diagonal] = {"squared_gradient": squared_gradient_diag, "exact": exact_diag}
+_NAMES = ("hutchinson", "gnb", *_EXACT)
+
+
+class FoundDiagonal(NamedTuple):
+    """A diagonal by name.
+
+    Attributes:
+        estimate: without standard error (``stderr`` empty) where nothing is random or known.
+        means: for each sample its mean over each tensor, None where they are not known.
+    """
+
+    estimate: Estimate
+    means: list[list[float]] | None
 
 
 def check_diagonal(name: str, kind: Any) -> None:
     """``ValueError`` unless ``kind`` names a diagonal of this module or can be called."""
-    if not callable(kind) and kind not in _DIAGONALS:
-        raise ValueError(f"{name}: {kind!r} is none of {', '.join(map(repr, _DIAGONALS))} and no function")
+    if not callable(kind) and kind not in _NAMES:
+        raise ValueError(f"{name}: {kind!r} is none of {', '.join(map(repr, _NAMES))} and no function")
 
 
 def diagonal(
     kind: str | Diagonal,
     model: nn.Module,
     loss_fn: LossFn,
-    data: Any,
+    data: Source,
     params: Sequence[Tensor],
     *,
     samples: int,
     method: str,
     seed: int,
     progress: bool | None,
-) -> Estimate:
-    """The diagonal by name, or a copy of what a function ``kind(model, loss_fn, data, params=params)`` returns; without
-    standard error (``stderr`` empty) where nothing is random or known."""
+    keep_means: bool = False,
+) -> FoundDiagonal:
+    """The diagonal by name, or a copy of what a function ``kind(model, loss_fn, data, params=params)`` returns, which
+    gets the data as the user gave them."""
     if callable(kind):
-        result = kind(model, loss_fn, data, params=params)
+        result = kind(model, loss_fn, data.given, params=params)
         found = result if isinstance(result, Estimate) else Estimate(result, [], 0)
         value = check_tensors("curvature: what it returned", found.value, params)
-        return found._replace(value=[t.clone() for t in value])
-    options: dict[str, Any] = {"params": params, "progress": progress}
-    if kind in ("hutchinson", "gnb"):
-        options |= {"samples": samples, "seed": seed}
-    if kind == "hutchinson":
-        options["method"] = method
-    result = _DIAGONALS[kind](model, loss_fn, data, **options)
-    return result if isinstance(result, Estimate) else Estimate(result, [], 0)
+        return FoundDiagonal(found._replace(value=[t.clone() for t in value]), None)
+    if kind in _EXACT:
+        return FoundDiagonal(
+            Estimate(_EXACT[kind](model, loss_fn, data, params=params, progress=progress), [], 0), None
+        )
+    options: dict[str, Any] = {"params": params, "samples": samples, "seed": seed, "progress": progress}
+    options["keep_means"] = keep_means
+    if kind == "gnb":
+        moments = _gnb(model, loss_fn, data, **options)
+    else:
+        moments = _hutchinson(model, loss_fn, data, method=method, **options)
+    return FoundDiagonal(moments.estimate(), moments.tensor_means() if keep_means else None)

@@ -28,7 +28,8 @@ __all__ = ["FISHER", "sample_losses"]
 
 def sample_losses(m: Measurement, inputs: Any, targets: Any) -> Tensor:
     """The loss of each sample of a batch, in one dimension."""
-    outputs, size = m.model(inputs), len(targets)
+    outputs, targets = m.outputs(inputs, targets)
+    size = len(targets)
     for t in _tensors(outputs):
         if t.dim() == 0 or len(t) != size:
             raise ValueError(

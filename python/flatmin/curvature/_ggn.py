@@ -19,14 +19,14 @@ from ._measurement import Measurement, refuse_once_differentiable, second
 __all__ = ["GGN"]
 
 
-def _outputs(m: Measurement, inputs: Any) -> Tensor:
-    outputs = m.model(inputs)
+def _outputs(m: Measurement, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
+    outputs, targets = m.outputs(inputs, targets)
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(
             f"model: returned a {type(outputs).__name__}; matrix='ggn' needs one tensor of real numbers, by which the "
             "loss is differentiated"
         )
-    return outputs
+    return outputs, targets
 
 
 def _loss_gradient(m: Measurement, outputs: Tensor, targets: Any, create_graph: bool) -> Tensor | None:
@@ -40,7 +40,7 @@ def _loss_gradient(m: Measurement, outputs: Tensor, targets: Any, create_graph: 
 
 
 def _batch(m: Measurement, inputs: Any, targets: Any, vectors: Sequence[Tensor]) -> list[Tensor | None]:
-    outputs = _outputs(m, inputs)
+    outputs, targets = _outputs(m, inputs, targets)
     tangent = jacobian_product(outputs, m.params, vectors)
     free = outputs.detach().requires_grad_()
     slope = _loss_gradient(m, free, targets, create_graph=True)
@@ -55,10 +55,11 @@ def _batch(m: Measurement, inputs: Any, targets: Any, vectors: Sequence[Tensor])
 def _difference(m: Measurement, vectors: Sequence[Tensor], h: float) -> list[Tensor]:
     """The outputs along ``v`` in two passes, and in a third the gradient of the loss along that change of the outputs:
     the loss need not be differentiable twice either."""
-    tangents = iter(directional_differences(m, vectors, h, lambda inputs, _: _wide(_outputs(m, inputs))))
+    tangents = iter(directional_differences(m, vectors, h, lambda *batch: _wide(_outputs(m, *batch)[0])))
 
     def term(inputs: Any, targets: Any) -> list[Tensor | None]:
-        outputs, tangent = _outputs(m, inputs), next(tangents)
+        outputs, targets = _outputs(m, inputs, targets)
+        tangent = next(tangents)
         length = float(torch.linalg.vector_norm(tangent))
         if length == 0.0:
             return [None] * len(m.params)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._checks import is_number
 from ._measurement import LossFn, Measurement, Part, check_tensors
 
 __all__ = ["check_method", "hvp", "moves_along"]
@@ -51,7 +52,7 @@ def hvp(
         length = m.norm(vectors)
         if length == 0.0:
             return m.zeros()
-        h = step or m.step_size(length)
+        h = float(step or m.step_size(length))
         return m.difference(*moves_along(m, vectors, h), h)
 
 
@@ -75,6 +76,6 @@ def check_method(method: str, step: float | None) -> bool:
     """Whether ``method`` is that of finite differences."""
     if method not in ("autograd", "finite_difference"):
         raise ValueError(f"method: {method!r} is none of 'autograd', 'finite_difference'")
-    if step is not None and not 0.0 < step < math.inf:
-        raise ValueError(f"step: {step} given; give a finite float > 0, or None for the default")
+    if step is not None and not (is_number(step) and 0.0 < step < math.inf):
+        raise ValueError(f"step: {step!r} given; give a finite float > 0, or None for the default")
     return method == "finite_difference"

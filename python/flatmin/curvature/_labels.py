@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops._softmax_labels import draw_labels
+from ._measurement import LABELS
 
 __all__ = ["LabelSampler"]
 
@@ -14,53 +19,93 @@ _IGNORED = -100  # torch's ignore_index
 
 
 class LabelSampler:
-    """Draws labels with generators of its own, one for each device."""
+    """Draws labels for one batch after the other.
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
+    Args:
+        seed: the labels are functions of it and of the number of the batch.
+        loss_fn: torch's own criteria say where the classes are, and which label is ignored.
+        class_dim: dimension of the logits that holds the classes; None to find out.
+    """
+
+    def __init__(self, seed: int, loss_fn: Any, class_dim: int | None) -> None:
+        self.seed, self.class_dim = int(seed), class_dim
+        self._criterion = _is_cross_entropy(loss_fn)
+        self._ignored = _ignored_label(loss_fn)
+        self._draws = 0
 
     def cross_entropy(self, logits: Any, targets: Any) -> tuple[Tensor, int]:
         """Mean cross-entropy of ``logits`` for labels drawn from their softmax, and the number of labels. ``targets``
-        say which dimension holds the classes and which positions are ignored."""
-        rows, ignored = _rows(logits, targets)
-        labels = torch.where(ignored, _IGNORED, self._draw(rows.detach()))
+        say which positions are ignored, and help to say which dimension holds the classes."""
+        if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
+            raise TypeError(
+                "model: returned no tensor of logits, (N, C) or more dimensions; gnb_diag is for classifiers (where "
+                "logits are part of something else, curvature.Batches(data, forward=...) takes them out)"
+            )
+        dim = self._find_class_dim(logits, targets)
+        rows = logits.movedim(dim, -1).flatten(0, -2)
+        soft = isinstance(targets, Tensor) and targets.is_floating_point()
+        ignored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if not soft:
+            ignored = targets.flatten() == self._ignored
+        key = ops.random_key(self.seed, self._draws, LABELS << 8, rows.device)
+        self._draws += 1
+        labels = torch.where(ignored, _IGNORED, draw_labels(rows.detach(), key))
         count = int((~ignored).sum())
         if not count:
             return rows.sum() * 0.0, 0
         return F.cross_entropy(rows, labels, ignore_index=_IGNORED), count
 
-    def _draw(self, rows: Tensor) -> Tensor:
-        """One class of each row: the largest of the logits with Gumbel noise. Unlike torch.multinomial it takes NaN
-        without a device-side assertion: the gradient shows it."""
-        if rows.device not in self._generators:
-            self._generators[rows.device] = torch.Generator(rows.device).manual_seed(self.seed)
-        exponential = torch.empty_like(rows, dtype=torch.float32)
-        exponential.exponential_(generator=self._generators[rows.device])
-        return (rows.float() - exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()).argmax(dim=1)
-
-
-def _rows(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """Logits of shape (labels, classes), and which labels are to be ignored."""
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
-        raise TypeError("model: returned no tensor of logits, (N, C) or more dimensions; gnb_diag is for classifiers")
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        if targets.shape != logits.shape or not _are_probabilities(targets):
+    def _find_class_dim(self, logits: Tensor, targets: Any) -> int:
+        given = self.class_dim
+        if given is not None and not (-logits.dim() <= given < logits.dim() and given % logits.dim()):
+            raise ValueError(
+                f"class_dim: {given} given for logits of shape {tuple(logits.shape)}; the first one counts"
+            )
+        dims = [1, logits.dim() - 1] if given is None else [given % logits.dim()]
+        fitting = [dim for dim in dict.fromkeys(dims) if _fits(logits, targets, dim)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if not fitting and isinstance(targets, Tensor) and targets.is_floating_point():
             raise ValueError(
                 "data: the targets are numbers, but no probabilities like the logits; gnb_diag is for classifiers"
             )
-        rows = logits.movedim(1, -1).flatten(0, -2)
-        return rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    shape = tuple(getattr(targets, "shape", ()))
-    if shape == (logits.shape[0], *logits.shape[2:]):
-        rows = logits.movedim(1, -1)
-    elif shape == logits.shape[:-1]:
-        rows = logits
-    else:
-        raise ValueError(f"data: targets of shape {shape} do not fit logits of shape {tuple(logits.shape)}")
-    return rows.flatten(0, -2), targets.flatten() == _IGNORED
+        shapes = f"targets of shape {tuple(getattr(targets, 'shape', ()))}", f"logits of shape {tuple(logits.shape)}"
+        if not fitting:
+            where = (
+                f"dimension {dims[0]}" if given is not None else "dimension 1 or the last one (class_dim= says another)"
+            )
+            raise ValueError(f"data: {shapes[0]} do not fit {shapes[1]} with the classes in {where}")
+        if self._criterion:  # torch's criteria have the classes in dimension 1
+            return 1
+        raise ValueError(
+            f"class_dim: needed, for {shapes[0]} fit {shapes[1]} with the classes in dimension 1 and in the last one; "
+            "give the dimension over which the loss takes its softmax (where gnb_diag is part of another measurement: "
+            "curvature=functools.partial(gnb_diag, class_dim=...))"
+        )
 
 
-def _are_probabilities(targets: Tensor) -> bool:
-    sums = targets.float().sum(1)
+def _fits(logits: Tensor, targets: Any, dim: int) -> bool:
+    """Whether ``targets`` can be labels, or probabilities, of logits with the classes in ``dim``."""
+    if not isinstance(targets, Tensor):
+        return False
+    if targets.is_floating_point():
+        return targets.shape == logits.shape and _are_probabilities(targets, dim)
+    return targets.shape == logits.shape[:dim] + logits.shape[dim + 1 :]
+
+
+def _are_probabilities(targets: Tensor, dim: int) -> bool:
+    sums = targets.float().sum(dim)
     return bool((targets >= 0).all()) and bool(((sums - 1.0).abs() < 1e-2).all())
+
+
+def _is_cross_entropy(loss_fn: Any) -> bool:
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    return loss_fn in (F.cross_entropy, F.nll_loss) or type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _ignored_label(loss_fn: Any) -> int:
+    """``ignore_index`` of a criterion, or of a partial function."""
+    keywords = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+    found = keywords.get("ignore_index", getattr(loss_fn, "ignore_index", _IGNORED))
+    return found if isinstance(found, int) else _IGNORED

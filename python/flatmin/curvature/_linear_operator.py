@@ -20,7 +20,7 @@ from ._hessian import HESSIAN
 from ._hvp import check_method
 from ._matrix import Matrix
 from ._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
-from ._microbatches import MicroBatches
+from ._microbatches import micro_batches
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,7 +94,7 @@ class CurvatureOperator:
         self.process_group = process_group
         if micro_batch is not None:
             check_int("micro_batch", micro_batch, 1)
-            data = MicroBatches(data, micro_batch)
+            data = micro_batches(data, micro_batch)
         passes = planned * (self.matrix.passes if self._difference else 1)
         if params is not None and not isinstance(params, Tensor):
             params = list(params)

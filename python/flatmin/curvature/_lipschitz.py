@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_int
+from .._deprecated import renamed_arguments
 from .._devices import on_device
+from ._arguments import check_neighbourhood, check_seed, check_share
 from ._diagonals import Diagonal, check_diagonal, diagonal
 from ._measurement import MOVES, LossFn, Measurement, Part, check_tensors, names_of, refuse_not_finite
 
 __all__ = ["check_lipschitz", "check_neighbourhood", "lipschitz"]
 
 
+@renamed_arguments(law="distribution", diag="curvature", probes="curvature_samples")
 def lipschitz(
     model: nn.Module,
     loss_fn: LossFn,
@@ -28,12 +31,12 @@ def lipschitz(
     eps: float = 0.1,
     mode: str = "max",
     quantile: float = 0.99,
-    diag: str | Diagonal = "hutchinson",
+    curvature: str | Diagonal = "hutchinson",
     at_weights: Sequence[Tensor] | None = None,
     samples: int = 1,
-    probes: int = 100,
+    curvature_samples: int = 100,
     method: str = "autograd",
-    law: str = "rademacher",
+    distribution: str = "rademacher",
     seed: int = 0,
     progress: bool | None = None,
 ) -> float | list[Tensor]:
@@ -48,36 +51,39 @@ def lipschitz(
         gamma, eps: >= 0, not both 0.
         mode: "max", the largest quotient; "quantile", that quantile of all of them; "element", each element's own.
         quantile: in (0, 1].
-        diag: how the diagonals are estimated: "hutchinson", "gnb", "squared_gradient", "exact", or a function
-            ``diag(model, loss_fn, data, params=params)`` that returns tensors. Both ends of a quotient use the same
-            random numbers; still, the error of a random diagonal goes into the largest quotient.
+        curvature: how the diagonals H_ii are estimated: "hutchinson", "gnb", "squared_gradient", "exact", or a function
+            ``curvature(model, loss_fn, data, params=params)`` that returns tensors. Both ends of a quotient use the
+            same random numbers; still, the error of a random diagonal goes into the largest quotient.
         at_weights: the diagonal at w, if it is known; by the same estimator and seed.
         samples: number of perturbed models >= 1; the largest quotient of each element counts.
-        probes: ``samples`` of the diagonal, for "hutchinson" and "gnb".
+        curvature_samples: ``samples`` of the diagonals, for "hutchinson" and "gnb".
         method: of the Hessian-vector products, as in :func:`hvp`.
-        law: "rademacher" goes to ``u_i = +-N_i``. "uniform" goes anywhere between: as H_ii changes with all of u, the
-            quotients are then largest where ``u_i`` happens to be small, and among m weights one moves by N / m or so.
+        distribution: of u. "rademacher" goes to ``u_i = +-N_i``. "uniform" goes anywhere between: as H_ii changes with
+            all of u, the quotients are then largest where ``u_i`` happens to be small, and among m weights one moves by
+            N / m or so.
         seed: of the perturbation and of the diagonals.
 
     Returns:
-        A float, or tensors like the parameters for "element".
+        A float, or tensors like the parameters for "element", in units of loss / weight^3.
 
     Raises:
         ValueError: a diagonal is not finite, or an argument cannot be used; the message names it.
     """
     check_lipschitz(mode, quantile)
-    check_diagonal("diag", diag)
+    check_diagonal("curvature", curvature)
     check_int("samples", samples, 1)
-    if law not in ("rademacher", "uniform"):
-        raise ValueError(f"law: {law!r} is none of 'rademacher', 'uniform'")
-    check_neighbourhood(gamma, eps)
+    check_int("curvature_samples", curvature_samples, 1)
+    check_seed(seed)
+    if distribution not in ("rademacher", "uniform"):
+        raise ValueError(f"distribution: {distribution!r} is none of 'rademacher', 'uniform'")
+    gamma, eps = check_neighbourhood(gamma, eps)
     with Measurement(model, loss_fn, data, params, "", progress=False) as m:
         names = names_of(model, m.params)
 
         def estimate() -> list[Tensor]:
             m.rewind()  # for a function that draws from torch's generators
-            options: dict[str, Any] = {"samples": probes, "method": method, "seed": seed, "progress": progress}
-            return diagonal(diag, model, loss_fn, data, m.params, **options).value
+            options: dict[str, Any] = {"samples": curvature_samples, "method": method, "seed": seed}
+            return diagonal(curvature, model, loss_fn, m.data, m.params, progress=progress, **options).estimate.value
 
         here = estimate() if at_weights is None else check_tensors("at_weights", at_weights, m.params)
         refuse_not_finite("curvature", here, names)
@@ -86,7 +92,7 @@ def lipschitz(
 
             def move(part: Part, backup: Tensor, draw: int = draw) -> None:
                 key = part.key(seed, draw, MOVES)
-                ops.scaled_noise_(part.of(m.params), backup, key, law=law, gamma=gamma, eps=eps)
+                ops.scaled_noise_(part.of(m.params), backup, key, law=distribution, gamma=gamma, eps=eps)
 
             with m.moved(move):
                 there = estimate()
@@ -114,16 +120,7 @@ def _quantile(quotients: Sequence[Tensor], q: float) -> float:
     return float(pool.kthvalue(math.ceil(q * pool.numel())).values) if pool.numel() else 0.0
 
 
-def check_neighbourhood(gamma: float, eps: float) -> None:
-    for name, value in (("gamma", gamma), ("eps", eps)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}: {value} given; give a finite float >= 0")
-    if gamma == 0.0 and eps == 0.0:
-        raise ValueError("gamma and eps: both 0, which leaves no neighbourhood to move in")
-
-
 def check_lipschitz(mode: str, quantile: float, name: str = "mode") -> None:
     if mode not in ("max", "quantile", "element"):
         raise ValueError(f"{name}: {mode!r} is none of 'max', 'quantile', 'element'")
-    if not 0.0 < quantile <= 1.0:
-        raise ValueError(f"quantile: {quantile} given; give a float in (0, 1]")
+    check_share("quantile", quantile, "a float in (0, 1]", or_one=True)

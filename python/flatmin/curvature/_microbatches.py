@@ -7,44 +7,50 @@ from typing import Any
 
 from torch import Tensor
 
-from ._measurement import check_data
+from ._batches import Batches, iterable
+from ._containers import first_dimensions
 
-__all__ = ["MicroBatches"]
+__all__ = ["micro_batches"]
 
 
-class MicroBatches:
-    """``data`` with every batch ``(inputs, targets)`` cut along the first dimension into pieces of ``size`` samples.
+def micro_batches(data: Any, size: int) -> Batches:
+    """``data`` with every batch cut along the first dimension of its tensors into pieces of ``size`` samples.
 
-    A piece counts by its targets, so the mean over all of the data is the same.
+    A piece counts by itself, so the mean over all of the data is the same.
     """
+    given = data if isinstance(data, Batches) else Batches(data)
+    return Batches(_Pieces(iterable(given.data, given.forward), size), forward=given.forward, size=given.size)
 
+
+class _Pieces:
     def __init__(self, data: Any, size: int) -> None:
-        self.data, self.size = check_data(data), size
-        # where a measurement looks for what shuffles
-        self.generator, self.sampler = getattr(data, "generator", None), getattr(data, "sampler", None)
+        self.data, self.size = data, size
+        # where a measurement looks for what shuffles and draws
+        names = ("generator", "sampler", "batch_sampler", "dataset")
+        vars(self).update({name: getattr(data, name, None) for name in names})
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.data:
-            count = len(batch[1]) if isinstance(batch, list | tuple) and len(batch) == 2 and _sized(batch[1]) else 0
-            if count <= self.size:  # also what is no batch: the measurement says so
+            sizes = first_dimensions(batch)
+            if len(sizes) > 1:
+                one, other, *_ = sizes.values()
+                raise ValueError(
+                    f"micro_batch: cannot cut a tensor of shape {one} that comes with one of shape {other}; tensors of "
+                    "a batch need their samples in the first dimension"
+                )
+            count = next(iter(sizes), 0)
+            if count <= self.size:  # also where there is no tensor: the measurement says so
                 yield batch
                 continue
             for start in range(0, count, self.size):
-                yield tuple(_slice(part, start, start + self.size, count) for part in batch)
-
-
-def _sized(x: Any) -> bool:
-    try:
-        return len(x) >= 0
-    except TypeError:
-        return False
+                yield _slice(batch, start, start + self.size, count)
 
 
 def _slice(x: Any, start: int, stop: int, count: int) -> Any:
     if isinstance(x, Tensor):
         if x.dim() == 0 or len(x) != count:
             raise ValueError(
-                f"micro_batch: cannot cut a tensor of shape {tuple(x.shape)} that comes with {count} targets; tensors "
+                f"micro_batch: cannot cut a tensor of shape {tuple(x.shape)} in a batch of {count} samples; tensors "
                 "of a batch need their samples in the first dimension"
             )
         return x[start:stop]

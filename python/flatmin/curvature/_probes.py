@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_int
+from ._arguments import check_seed
 from ._hvp import check_method
 from ._measurement import Measurement, Part
 
@@ -111,17 +112,17 @@ class Probes:
 
     Args:
         m: the measurement.
-        law: "rademacher" or "normal".
+        distribution: "rademacher" or "normal".
         difference: take ``H v`` by finite differences. Then no vector is in memory during a pass over the data.
         step: of the differences, None for :meth:`Measurement.step_size` at the expected ``||v||``.
         seed: of the vectors.
     """
 
-    def __init__(self, m: Measurement, law: str, difference: bool, step: float | None, seed: int) -> None:
-        self.m, self.law, self.seed = m, law, seed
+    def __init__(self, m: Measurement, distribution: str, difference: bool, step: float | None, seed: int) -> None:
+        self.m, self.distribution, self.seed = m, distribution, seed
         self.vectors = None if difference else m.zeros()
         if difference:
-            self.step = step or m.step_size(math.sqrt(sum(p.numel() for p in m.params)))
+            self.step = float(step) if step else m.step_size(math.sqrt(sum(p.numel() for p in m.params)))
 
     def __getitem__(self, draw: int) -> Probed:
         keys = [part.key(self.seed, draw) for part in self.m.parts]
@@ -129,9 +130,9 @@ class Probes:
             x = self._difference(keys)
         else:
             for part, key in zip(self.m.parts, keys, strict=True):
-                ops.probe_(part.of(self.vectors), key, law=self.law)
+                ops.probe_(part.of(self.vectors), key, law=self.distribution)
             x = self.m.hvp(self.vectors)
-        if self.law == "rademacher":
+        if self.distribution == "rademacher":
             return Probed(x, "probed", keys)
         for part, key in zip(self.m.parts, keys, strict=True):
             for t, v in zip(part.of(x), self._vectors(part, key), strict=True):
@@ -142,30 +143,37 @@ class Probes:
         """In float32 at least: what noise adds to 16-bit weights is rounded with the sum, not before."""
         like = part.of(self.m.params)
         v = [torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in like]
-        ops.probe_(v, key, law=self.law)
+        ops.probe_(v, key, law=self.distribution)
         return v
 
     def _difference(self, keys: Sequence[Tensor]) -> list[Tensor]:
         m = self.m
 
         def move(scale: float, part: Part, backup: Tensor) -> None:
-            ops.scaled_noise_(part.of(m.params), backup, keys[part.stream], law=self.law, eps=1.0, scale=scale)
+            ops.scaled_noise_(part.of(m.params), backup, keys[part.stream], law=self.distribution, eps=1.0, scale=scale)
 
         return m.difference(partial(move, self.step), partial(move, -self.step), self.step)
 
 
 class Moments:
     """Running mean and variance of ``v o x``, each sample's distance taken from the mean so far (Welford 1962): no
-    cancellation, however small the variance."""
+    cancellation, however small the variance.
 
-    def __init__(self, m: Measurement) -> None:
+    Args:
+        m: the measurement.
+        keep_means: keep the mean of each sample over each tensor, for :meth:`tensor_means`.
+    """
+
+    def __init__(self, m: Measurement, keep_means: bool = False) -> None:
         self.m = m
         self.count = 0
+        self._means: list[list[Tensor]] | None = [] if keep_means else None
         self.mean, self.variance, self.delta = m.zeros(), m.zeros(), m.zeros()
 
     def add(self, probed: Probed) -> None:
         self.count += 1
         decay = 1.0 - 1.0 / self.count
+        before = None if self._means is None else self._averages(self.mean)
         for part, key in zip(self.m.parts, probed.keys, strict=True):
             x, mean, delta = part.of(probed.x), part.of(self.mean), part.of(self.delta)
             feed: dict[str, Any] = {"source": probed.source, "key": key}
@@ -174,6 +182,16 @@ class Moments:
             ops.curvature_(delta, x, decay=0.5, source_scale=-1.0, **feed)  # half the distance
             ops.curvature_(part.of(self.variance), delta, decay=decay, source_scale=4.0 * decay)
             ops.curvature_(mean, x, decay=decay, **feed)
+        if self._means is not None and before is not None:
+            steps = self._averages(self.delta)  # halves of the distances, which come from the mean before
+            self._means.append([b - 2.0 * d for b, d in zip(before, steps, strict=True)])
+
+    def _averages(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.mean(dtype=torch.float32 if t.device.type == "mps" else torch.float64) for t in tensors]
+
+    def tensor_means(self) -> list[list[float]]:
+        """For each sample the mean of ``v o x`` over each tensor (NaN of an empty one)."""
+        return [list(map(float, sample)) for sample in self._means or []]
 
     def estimate(self) -> Estimate:
         for t in self.variance:
@@ -181,8 +199,10 @@ class Moments:
         return Estimate(self.mean, self.variance, self.count)
 
 
-def check_sampling(samples: int, law: str, method: str, step: float | None) -> bool:
+def check_sampling(samples: int, distribution: str, method: str, step: float | None, seed: int) -> bool:
+    """Whether ``method`` is that of finite differences."""
     check_int("samples", samples, 1)
-    if law not in ("rademacher", "normal"):
-        raise ValueError(f"law: {law!r} is none of 'rademacher', 'normal'")
+    check_seed(seed)
+    if distribution not in ("rademacher", "normal"):
+        raise ValueError(f"distribution: {distribution!r} is none of 'rademacher', 'normal'")
     return check_method(method, step)

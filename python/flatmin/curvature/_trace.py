@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._deprecated import renamed_arguments
 from ._measurement import LossFn, Measurement
 from ._probes import Probes, ScalarEstimate, check_sampling, scalar_estimate
 
 __all__ = ["hutchinson_trace"]
 
 
+@renamed_arguments(law="distribution")
 def hutchinson_trace(
     model: nn.Module,
     loss_fn: LossFn,
@@ -24,7 +26,7 @@ def hutchinson_trace(
     params: Iterable[Tensor] | None = None,
     samples: int = 100,
     method: str = "autograd",
-    law: str = "rademacher",
+    distribution: str = "rademacher",
     step: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -37,9 +39,9 @@ def hutchinson_trace(
     Returns:
         ``(value, stderr, samples)``, floats.
     """
-    difference = check_sampling(samples, law, method, step)
+    difference = check_sampling(samples, distribution, method, step, seed)
     with Measurement(model, loss_fn, data, params, "Hutchinson", samples * (1 + difference), progress) as m:
-        probes, products = Probes(m, law, difference, step, seed), m.zeros()
+        probes, products = Probes(m, distribution, difference, step, seed), m.zeros()
         sums: list[Tensor] = []
         for draw in range(samples):
             probed = probes[draw]

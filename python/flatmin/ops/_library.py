@@ -1,4 +1,8 @@
-"""Loads the operator library into torch and gives every operator its shape function."""
+"""Loads the operator library into torch, asks torch what is in it, and gives every operator its shape function.
+
+The one list of operators with their schemas is in csrc/torch/operators.c. A new one needs a line here only if it
+returns something: its shape, in :data:`_RESULTS`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch  # before the library: it resolves against the torch that is loaded
 from torch import Tensor
+from torch._ops import OpOverload
 
 _LIBRARY = Path(__file__).parents[1] / "_C.so"
 _CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
@@ -51,76 +56,98 @@ def _load_cuda() -> bool:
     return ready
 
 
+def operators(namespace: str) -> dict[str, OpOverload]:
+    """What is registered in a namespace of torch's dispatcher and has a kernel for each device, by name."""
+    full = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::"))
+    names = [name.split("::")[1] for name in full if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
+
+
 _load()
 
 #: The operators that have a kernel for each device, and what calls them.
-OPERATORS = {
-    name: getattr(torch.ops.flatmin, name).default
-    for name in (
-        "norm",
-        "ties",
-        "sam_ascend_",
-        "sam_norm_ascend_",
-        "restore_",
-        "restore_sgd_",
-        "restore_adam_",
-        "restore_sgd_curvature_",
-        "restore_adam_curvature_",
-        "scaled_noise_",
-        "probe_",
-        "curvature_",
-        "pacgen",
-        "filter_norm",
-        "corrupt_labels",
-        "draw_samples",
-    )
+OPERATORS = operators("flatmin")
+
+#: Names of an operator's arguments, in the order of its schema.
+ARGUMENTS = {name: tuple(a.name for a in op._schema.arguments) for name, op in OPERATORS.items()}
+
+#: Those that an operator writes to.
+WRITTEN = {
+    name: tuple(a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    for name, op in OPERATORS.items()
 }
 
 #: Device types with kernels; everything else runs in flatmin.reference.
 DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if _load_cuda() else {"cpu"})
 
 
-def _check_one_device(*lists: Sequence[Tensor]) -> None:
+# ---- shape functions ----
+
+#: Adam's counters lie on the CPU, wherever the parameters are.
+_ON_THE_HOST = ("steps",)
+
+
+def _check_one_device(lists: Sequence[Sequence[Tensor]]) -> None:
     """A list with meta tensors in it lands here whatever the rest is: refuse a mixture, as the kernels do."""
     devices = {t.device.type for tensors in lists for t in tensors}
     if len(devices) > 1:
         raise RuntimeError(f"tensors on different devices ({', '.join(sorted(devices))}); call once for each device")
 
 
-def _fake(result: Callable[..., tuple[int, ...]] | None, name: str) -> Callable[..., Tensor | None]:
-    """The shape function of an operator that returns a float64 tensor of the shape ``result``, or nothing."""
+def _scalar(given: dict[str, Any]) -> tuple[int, ...]:
+    return ()
 
-    def fake(first: Sequence[Tensor], *others: Any) -> Tensor | None:
-        # the sixth argument of Adam, the step counters, lies on the CPU wherever the parameters are
-        placed = others[:4] + others[5:] if "adam" in name else others
-        _check_one_device(first, *(other for other in placed if isinstance(other, list)))
-        return None if result is None else first[0].new_empty(result(first, *others), dtype=torch.float64)
+
+def _quotient(given: dict[str, Any]) -> tuple[int, ...]:
+    """Of a restore-and-step operator: nothing without curvatures."""
+    return () if given["curvatures"] else (0,)
+
+
+def _filters(given: dict[str, Any]) -> tuple[int, ...]:
+    return (sum(1 if given["whole"] or t.dim() < 2 else t.shape[0] for t in given["tensors"]),)
+
+
+def _products(given: dict[str, Any]) -> tuple[int, ...]:
+    lists = sum(bool(given[name]) for name in "abcd")
+    return (lists * (lists + 1) // 2,)
+
+
+#: Shapes of the results, of those that have one: a function of the arguments by name.
+_RESULTS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
+    "curvature_": _scalar,
+    "filter_norm": _filters,
+    "dot": _products,
+    "norm": _scalar,
+    "pacgen": lambda given: (len(given["params"]), 2),
+    "restore_adam_": _quotient,
+    "restore_lion_": _quotient,
+    "restore_sgd_": _quotient,
+    "sam_norm_ascend_": _scalar,
+    "scaled_noise_": lambda given: (3,),
+    "ties": _scalar,
+}
+
+
+def _fake(name: str) -> Callable[..., Tensor | None]:
+    """The shape function of an operator that returns a float64 tensor, or nothing."""
+    names, shape = ARGUMENTS[name], _RESULTS.get(name)
+    if (shape is None) == bool(OPERATORS[name]._schema.returns):
+        raise ImportError(f"flatmin: _RESULTS in {__file__} and the schema of {name} disagree on whether it returns")
+
+    def fake(*args: Any, **kwargs: Any) -> Tensor | None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        lists = [v for key, v in given.items() if isinstance(v, list) and key not in _ON_THE_HOST]
+        _check_one_device(lists)
+        return None if shape is None else lists[0][0].new_empty(shape(given), dtype=torch.float64)
 
     return fake
 
 
-def _filters(tensors: Sequence[Tensor], whole: bool) -> tuple[int]:
-    return (sum(1 if whole or t.dim() < 2 else t.shape[0] for t in tensors),)
-
-
-#: Shapes of the results, of those that have one.
-_RESULTS: dict[str, Callable[..., tuple[int, ...]]] = {
-    "norm": lambda *_: (),
-    "ties": lambda *_: (),
-    "sam_norm_ascend_": lambda *_: (),
-    "restore_sgd_curvature_": lambda *_: (),
-    "restore_adam_curvature_": lambda *_: (),
-    "curvature_": lambda *_: (),
-    "scaled_noise_": lambda *_: (3,),
-    "pacgen": lambda params, *_: (len(params), 2),
-    "filter_norm": _filters,
-}
-
 #: Shape functions of the operators on labels, which take no lists.
 _SAMPLES: dict[str, Callable[..., Tensor | None]] = {
-    "corrupt_labels": lambda *_: None,
+    "corrupt_labels": lambda *args: None,
     "draw_samples": lambda index, key, count, inner, law: index.new_empty((count, inner), dtype=torch.float32),
 }
 
 for _name in OPERATORS:
-    torch.library.register_fake(f"flatmin::{_name}", _SAMPLES.get(_name) or _fake(_RESULTS.get(_name), _name))
+    torch.library.register_fake(f"flatmin::{_name}", _SAMPLES.get(_name) or _fake(_name))

@@ -3,88 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import ops
-from .._checks import check_int, check_one_of, check_radius, check_size
 from ._wrapper import Wrapper
 
 __all__ = [
     "build_base",
     "check_keys",
     "check_model",
-    "check_noise_options",
-    "check_sam_groups",
-    "check_sam_options",
+    "check_patterns",
+    "share_arguments",
 ]
-
-
-def check_sam_options(
-    rho: Any, adaptive: Any, eta: Any, eps: Any, p: Any, rounding: Any, sync: Any, interval: Any, start: Any
-) -> None:
-    check_radius(rho)
-    ops.scaling_code(adaptive)
-    for name, value in (("eta", eta), ("eps", eps)):
-        if not (isinstance(value, int | float) and 0.0 <= value < math.inf):
-            raise ValueError(f"{name}: {value!r} given; give a finite float >= 0")
-    if not isinstance(p, int | float):
-        raise TypeError(f"p: {p!r} given; give a float from 1 to math.inf")
-    ops.dual_exponent(p)
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding: {rounding!r} is none of 'nearest', 'stochastic'")
-    if isinstance(sync, str) and sync != "local":
-        raise ValueError(f"sync: {sync!r} given; give 'local' or a torch.distributed process group")
-    check_int("interval", interval, 1)
-    check_int("start", start, 0)
-
-
-#: What only the noise of a curvature reads, with the defaults of PerturbedOPT.
-_CURVATURE_ONLY: dict[str, Any] = {
-    "hessian": "grad2",
-    "gamma": 0.1,
-    "eps": 1e-5,
-    "beta1": 0.999,
-    "beta2": 0.1,
-    "lipschitz": "global",
-    "min_step": 1e-8,
-    "hessian_interval": 10,
-}
-
-
-def check_noise_options(
-    *, dist: Any, sizing: Any, scale: Any, schedule: Any, draws: Any, sync: Any, generator: Any, start: Any, **own: Any
-) -> None:
-    """``own``: what only ``sizing="curvature"`` reads."""
-    check_one_of("dist", dist, ("uniform", "truncated_normal", "normal"))
-    check_one_of("sizing", sizing, ("curvature", "filter", "tensor", "isotropic", "magnitude"))
-    for name, value in own.items():
-        if sizing != "curvature" and value != _CURVATURE_ONLY[name]:
-            raise ValueError(f"{name}: {value!r} given, but only sizing='curvature' reads it, not {sizing!r}")
-    if not callable(own["hessian"]):
-        check_one_of("hessian", own["hessian"], ("grad2", "gnb", "hutchinson"), "a callable")
-    if isinstance(own["lipschitz"], str):
-        check_one_of("lipschitz", own["lipschitz"], ("global", "element"), "a float >= 0")
-    else:
-        check_size("lipschitz", own["lipschitz"])
-    for name, value in (("gamma", own["gamma"]), ("eps", own["eps"]), ("scale", scale), ("min_step", own["min_step"])):
-        check_size(name, value)
-    for name in ("beta1", "beta2"):
-        if not (isinstance(own[name], int | float) and 0.0 <= own[name] < 1.0):
-            raise ValueError(f"{name}: {own[name]!r} given; give a float from 0 to below 1")
-    if schedule is not None and not callable(schedule):
-        check_one_of("schedule", schedule, ("log",), "None or a callable")
-    if isinstance(sync, str):
-        check_one_of("sync", sync, ("common", "per_rank"), "a torch.distributed process group")
-    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
-        raise TypeError(f"generator: {generator!r} given; give a torch.Generator of the CPU, or None")
-    check_int("draws", draws, 1)
-    check_int("start", start, 0)
-    check_int("hessian_interval", own["hessian_interval"], 1)
 
 
 def check_model(model: Any, same_rng: bool) -> None:
@@ -127,6 +60,62 @@ def build_base(
     return optimizer
 
 
+def share_arguments(
+    init: Callable[..., None],
+    prefix: str,
+    own: dict[str, Any],
+    base: Callable[..., torch.optim.Optimizer] | None,
+    base_kwargs: dict[str, Any],
+) -> None:
+    """Settle who gets an argument whose name both a wrapper and ``base`` have, by changing both dicts.
+
+    It is the base's, as the class that the caller named last; the wrapper's has a spelling of its own, ``prefix`` and
+    the name. The radius is the exception: it is what a wrapper is called with first, so it has to be spelled out.
+
+    Args:
+        init: of the wrapper.
+        prefix: of the wrapper's own spelling, as "sam_".
+        own: the wrapper's arguments by name.
+        base: what builds the base, None if there is an instance.
+        base_kwargs: other arguments.
+    """
+    defaults = init.__kwdefaults__ or {}
+    # An argument that was given is another object than the default, be it equal; but for None, bools and small
+    # integers, which say nothing that the default does not.
+    given = {name for name, value in own.items() if value is not defaults[name]}
+    spelled_out = {name for name in own if prefix + name in base_kwargs}
+    for name in spelled_out:
+        value = base_kwargs.pop(prefix + name)
+        if name in given and (base is None or name not in _names_of(base)):
+            raise TypeError(f"{name}: given twice, as {name} and as {prefix}{name}")
+        if name in given:
+            base_kwargs[name] = own[name]
+        own[name] = value
+    for name in sorted(given - spelled_out):
+        if base is None or name not in _names_of(base):
+            continue
+        if name == "rho":
+            kind = getattr(base, "__name__", repr(base))
+            raise TypeError(
+                f"rho: both the wrapper and {kind} have one; give {prefix}rho= for the radius, and with it rho= for "
+                f"that of {kind}"
+            )
+        base_kwargs[name], own[name] = own[name], defaults[name]
+
+
+def _names_of(base: Callable[..., torch.optim.Optimizer]) -> set[str]:
+    try:
+        return set(inspect.signature(base).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return set()
+
+
+def check_patterns(name: str, patterns: Any) -> None:
+    """``TypeError`` unless ``patterns`` is a sequence of strings."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name}: {patterns!r} given; give a list of names or patterns, as ['encoder.*.counter']")
+
+
 def check_keys(optimizer: torch.optim.Optimizer, keys: dict[str, Any]) -> None:
     """Our keys must be ours. Groups may have them: given by the user, or loaded from a checkpoint of such a run."""
     for key in keys:
@@ -135,11 +124,3 @@ def check_keys(optimizer: torch.optim.Optimizer, keys: dict[str, Any]) -> None:
                 f"{key}: already a default of {type(optimizer).__name__}. Was it wrapped before? Wrap an optimizer "
                 f"once, and change the value through group['{key}']"
             )
-
-
-def check_sam_groups(optimizer: torch.optim.Optimizer) -> None:
-    for i, group in enumerate(optimizer.param_groups):
-        check_radius(group.get("sam_rho", 0.0), f"param_groups[{i}]['sam_rho']")
-        ops.scaling_code(group.get("sam_adaptive", False))
-        if "rho" in group and "rho" not in optimizer.defaults:
-            raise ValueError(f"param_groups[{i}]['rho']: nobody would read it; the group's radius is 'sam_rho'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -17,10 +17,10 @@ from .._distributed import is_dtensor, local_gradient, shard_groups
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["AdamState", "Bucket", "PerturbedSet", "name_of", "trained", "with_gradient"]
+__all__ = ["Bucket", "PerturbedSet", "RestoreAndStep", "name_of", "trained", "with_gradient"]
 
-#: First and second moments, the maxima of the second (empty without amsgrad) and the step counters.
-AdamState = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+#: An operator that restores and takes a base's step in one pass.
+RestoreAndStep = Callable[..., Tensor]
 
 # With map() these walk a list of tensors in C: 0.05 us each, a third of a comprehension that tests two of them.
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
@@ -62,7 +62,7 @@ class Bucket:
         params: the parameters, each once.
         shards: process groups over which DTensor parameters are sharded; None for plain tensors.
         dtype: the type of all of them, if they are plain tensors of one type, else None.
-        backup: the bytes that they had before they moved.
+        backup: the bytes that they had before they moved; allocated when it is first asked for.
         moved: whether they are away from ``w``.
     """
 
@@ -71,12 +71,18 @@ class Bucket:
         self.params = params
         self.shards = shards
         self.device = params[0].device
-        self.backup = ops.backup_like(self.local())
+        self._backup: Tensor | None = None
         self.moved = False
         dtypes = set(map(_dtype, params))
         plain = set(map(type, params)) <= {nn.Parameter, Tensor}
         self.dtype = dtypes.pop() if plain and len(dtypes) == 1 else None
         self._dtype = params[0].dtype
+
+    @property
+    def backup(self) -> Tensor:
+        if self._backup is None:
+            self._backup = ops.backup_like(self.local())
+        return self._backup
 
     def local(self) -> list[Tensor]:
         """The tensors to do arithmetic on: the parameters, or this rank's shards of them."""
@@ -109,12 +115,19 @@ class Bucket:
         self.moved = False
         self.bump_versions()
 
-    def restore_sgd(self, grads: list[Tensor], buffers: list[Tensor], lr: float, **options: Any) -> None:
-        """Restore and step in one pass over memory."""
-        ops.restore_sgd_(self.params, grads, buffers, self.backup, lr, **options)
+    def restore_and_step(self, operator: RestoreAndStep, *lists: list[Tensor], lr: float, **options: Any) -> None:
+        """Restore, if the weights are away, and step in one pass over memory.
 
-    def restore_adam(self, grads: list[Tensor], state: AdamState, lr: float, **options: Any) -> None:
-        ops.restore_adam_(self.params, grads, *state, self.backup, lr, **options)
+        Args:
+            operator: of :mod:`flatmin.ops`: takes the parameters, ``lists``, the backup, ``lr``, ``options``, and
+                curvatures to average (:class:`flatmin.ops.Averages`) where a bucket has some.
+            lists: gradients, then the base's state.
+        """
+        operator(self.params, *lists, self.backup_to_step_from(), lr, **options)
+
+    def backup_to_step_from(self) -> Tensor:
+        """Empty where the weights are back at ``w``, or have not moved: a step starts from what they are now."""
+        return self.backup if self.moved else torch.empty(0, dtype=torch.uint8, device=self.device)
 
 
 B = TypeVar("B", bound=Bucket)
@@ -160,6 +173,14 @@ class PerturbedSet(Generic[B]):
             buckets = [self.new_bucket(index, part, shards) for (_, shards, _), part in parts.items()]
             self._known[index] = list(params), buckets
         return buckets
+
+    def at_rest(self, groups: Sequence[dict[str, Any]]) -> list[B]:
+        """Buckets of every parameter that is trained and has a gradient, whether it ever moves or not."""
+        found: list[B] = []
+        for index, group in enumerate(groups):
+            params, _ = trained(*with_gradient(group["params"]))
+            found += self.buckets_of(index, params) if params else []
+        return found
 
     def known_buckets(self) -> Iterator[B]:
         for _, buckets in self._known.values():

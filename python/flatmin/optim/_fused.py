@@ -1,4 +1,5 @@
-"""Restore and base step in one pass over memory, where the base is exactly torch's SGD, Adam or AdamW.
+"""Restore and base step, or that step alone, in one pass over memory, where the base is exactly torch's SGD, Adam or
+AdamW, or Lion.
 
 Anything that this would not reproduce to the letter, such as a hook on the base, a tensor learning rate or a
 parameter that lost its gradient in the second pass, is left to ``restore_`` followed by ``base.step()``.
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .. import ops
 from ..ops import _library
 from ._buckets import Bucket, with_gradient
 from ._wrapper import has_step_hooks
+from .lion import Lion
 
-__all__ = ["restore_and_step"]
+__all__ = ["has_bits_of_base", "might_fit", "restore_and_step"]
 
 _Plan = Callable[[], None]
-_dtype, _grad, _is_cpu = attrgetter("dtype"), attrgetter("grad"), attrgetter("is_cpu")
+_dtype, _grad, _is_cpu, _layout = map(attrgetter, ("dtype", "grad", "is_cpu", "layout"))
 
 #: Group flags that ask torch for one particular implementation.
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
@@ -31,9 +34,9 @@ _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit."""
-    plan_of = _PLANS.get(type(base))
-    if plan_of is None or not _step_is_plain(base):
+    if not might_fit(base):
         return False
+    plan_of = _PLANS[type(base)]
     of_group: dict[int, list[Bucket]] = {}
     for bucket in buckets:
         of_group.setdefault(bucket.group, []).append(bucket)
@@ -55,6 +58,16 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     return True
 
 
+def might_fit(base: Optimizer) -> bool:
+    """Whether there is a pass for the base, whatever its groups say."""
+    return type(base) in _PLANS and _step_is_plain(base)
+
+
+def has_bits_of_base(base: Optimizer) -> bool:
+    """Whether the pass gives torch's own bits. Adam's differ in torch from one of its implementations to the next."""
+    return type(base) in (SGD, Lion)
+
+
 def _step_is_plain(base: Optimizer) -> bool:
     """Whether ``base.step()`` would run torch's own code alone. A scheduler's wrapper only sets ``_opt_called``."""
     patched = base.__dict__.get("step")
@@ -63,11 +76,13 @@ def _step_is_plain(base: Optimizer) -> bool:
 
 def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucket, list[Tensor]]] | None:
     """The gradients of each of the ``buckets``; None unless the group has no others, and nothing asks for torch's own
-    step. The operator itself refuses a gradient that turned sparse since the ascent."""
+    step."""
     params, grads = with_gradient(group["params"])
     if not buckets:
         return None if params else []
     if any(group.get(flag) for flag in _IMPLEMENTATIONS) or not all(map(_fits, buckets)):
+        return None
+    if not set(map(_layout, grads)) <= {torch.strided}:
         return None
     if len(buckets) == 1:
         known = buckets[0].params
@@ -81,8 +96,12 @@ def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucke
 
 
 def _fits(bucket: Bucket) -> bool:
-    known = bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
-    return known and bucket.moved
+    return bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
+
+
+def _are_of_types(bucket: Bucket, states: list[Tensor]) -> bool:
+    """Whether the operators take a list of the base's state: it has another type once the model was converted."""
+    return set(map(_dtype, states)) <= {bucket.dtype, torch.float32}
 
 
 def _are_numbers(*values: Any) -> bool:
@@ -91,7 +110,7 @@ def _are_numbers(*values: Any) -> bool:
 
 def _states(base: Optimizer, params: list[Tensor]) -> list[dict[str, Any] | None]:
     """The state of each parameter, if it has one. A dict walks its values faster than it finds them, since a tensor's
-    hash is a call of Python: 8 us instead of 24 for 213."""
+    hash is a call of Python."""
     if len(base.state) == len(params) and all(map(is_, base.state, params)):
         return list(base.state.values())
     return list(map(base.state.get, params))
@@ -109,10 +128,12 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
         "maximize": bool(group["maximize"]),
     }
     if momentum == 0:
-        return partial(bucket.restore_sgd, grads, [], lr, **options)
+        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, [], lr=lr, **options)
     old: list[Any] = [state.get("momentum_buffer") if state else None for state in _states(base, bucket.params)]
     if all(map(is_not, old, repeat(None))):
-        return partial(bucket.restore_sgd, grads, old, lr, **options)
+        if not _are_of_types(bucket, old):
+            return None
+        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, old, lr=lr, **options)
     if all(map(is_, old, repeat(None))):
         return partial(_first_sgd_step, base, bucket, grads, lr, options)
     return None
@@ -120,7 +141,7 @@ def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: lis
 
 def _first_sgd_step(base: Optimizer, bucket: Bucket, grads: list[Tensor], lr: float, options: dict[str, Any]) -> None:
     buffers = [torch.empty_like(g, memory_format=torch.preserve_format) for g in grads]
-    bucket.restore_sgd(grads, buffers, lr, first_step=True, **options)
+    bucket.restore_and_step(ops.restore_sgd_, grads, buffers, lr=lr, first_step=True, **options)
     for p, buffer in zip(bucket.params, buffers, strict=True):
         base.state[p]["momentum_buffer"] = buffer
 
@@ -133,6 +154,8 @@ def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
     known = _states(base, bucket.params)
     states = [state or _new_adam_state(p, amsgrad) for p, state in zip(bucket.params, known, strict=True)]
     if amsgrad and not all("max_exp_avg_sq" in state for state in states):
+        return None
+    if not _are_of_types(bucket, [state["exp_avg"] for state in states]):
         return None
     steps = [state["step"] for state in states]
     if set(map(_dtype, steps)) != {torch.float32} or not all(map(_is_cpu, steps)):
@@ -166,13 +189,46 @@ def _adam_step(
     lr: float,
     options: dict[str, Any],
 ) -> None:
-    tensors = (
+    bucket.restore_and_step(
+        ops.restore_adam_,
+        grads,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [state["max_exp_avg_sq"] for state in states] if options["amsgrad"] else [],
         steps,
+        lr=lr,
+        **options,
     )
-    bucket.restore_adam(grads, tensors, lr, **options)
+    for p, state in zip(bucket.params, states, strict=True):
+        base.state[p] = state
+
+
+def _plan_lion(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
+    lr, weight_decay, betas = (group[k] for k in ("lr", "weight_decay", "betas"))
+    if not _are_numbers(lr, weight_decay, *betas):
+        return None
+    known = _states(base, bucket.params)
+    states = [state or {"exp_avg": torch.zeros_like(p)} for p, state in zip(bucket.params, known, strict=True)]
+    if not _are_of_types(bucket, [state["exp_avg"] for state in states]):
+        return None
+    options = {
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "weight_decay": weight_decay,
+        "maximize": bool(group["maximize"]),
+    }
+    return partial(_lion_step, base, bucket, grads, states, lr, options)
+
+
+def _lion_step(
+    base: Optimizer,
+    bucket: Bucket,
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    lr: float,
+    options: dict[str, Any],
+) -> None:
+    bucket.restore_and_step(ops.restore_lion_, grads, [state["exp_avg"] for state in states], lr=lr, **options)
     for p, state in zip(bucket.params, states, strict=True):
         base.state[p] = state
 
@@ -181,4 +237,5 @@ _PLANS: dict[type, Callable[[Any, dict[str, Any], Bucket, list[Tensor]], _Plan |
     SGD: _plan_sgd,
     Adam: _plan_adam,
     AdamW: _plan_adam,
+    Lion: _plan_lion,
 }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _fused
 from ._arguments import check_keys
-from ._batchnorm import BatchNormBuffers
 from ._buckets import Bucket, PerturbedSet
+from ._closures import GradientRecord
+from ._model_buffers import ModelBuffers
 from ._wrapper import Closure, Wrapper
 
 __all__ = ["Perturbing", "accumulate"]
@@ -25,27 +26,32 @@ class Perturbing(Wrapper):
         optimizer: the base.
         group_defaults: our keys of the groups, with the values of groups that lack them.
         perturbed: the set that moves.
-        batch_norm: statistics that must not see the perturbed weights.
+        buffers: those of the model, which must not see the perturbed weights.
     """
 
     #: What a loop that never perturbs should do, for the warning.
     _advice: str
+
+    #: Our keys of a group that a user may set, each with ``check(name, value)``.
+    group_checks: ClassVar[Mapping[str, Callable[[str, Any], None]]]
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         group_defaults: dict[str, Any],
         perturbed: PerturbedSet[Any],
-        batch_norm: BatchNormBuffers | None,
+        buffers: ModelBuffers | None,
     ) -> None:
-        self._group_defaults = group_defaults
-        check_keys(optimizer, group_defaults)
-        optimizer.defaults.update(group_defaults)
+        self._group_defaults: dict[str, Any] = {}
         super().__init__(optimizer)
-        self._fill_groups()
+        self._define_keys(group_defaults)
         self._set = perturbed
-        self._batch_norm = batch_norm
+        self._buffers = buffers
         self._watch = Watch()
+        self._set_to_none: bool | None = None
+        self._cleared = False
+        self._zeroed: tuple[Tensor, int] | None = None
+        self._unscaled_before = False
 
     @property
     def active(self) -> bool:
@@ -64,13 +70,14 @@ class Perturbing(Wrapper):
     # -- passes ----------------------------------------------------------------------------------------------------
 
     def _start_pass(self) -> None:
+        self._unscaled_before, self._unscaled = self._unscaled, False
         # autocast caches the 16-bit copies of the weights until its outermost block ends
         torch.clear_autocast_cache()
 
     def _end_pass(self) -> None:
         torch.clear_autocast_cache()
-        if self._batch_norm is not None:
-            self._batch_norm.restore()
+        if self._buffers is not None:
+            self._buffers.restore()
 
     def restore(self) -> None:
         """Move the weights back to ``w``. Nothing happens if they are there."""
@@ -78,39 +85,59 @@ class Perturbing(Wrapper):
             self._set.restore()
             self._end_pass()
 
-    def _run_perturbed(self, closure: Closure, clear_grads: bool = False) -> Any:
+    def _run_perturbed(self, closure: Closure) -> Any:
         """Ascend and run ``closure``. The weights stay perturbed, unless it raises."""
         self.ascend()
         try:
-            if clear_grads:
-                self._clear_grads()
             return closure()
         except BaseException:
-            self.restore()
+            self._abandon()
             raise
 
+    def _abandon(self) -> None:
+        """Give up the pass after an exception: the weights come back."""
+        self.restore()
+
     # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _finish_gradient(self) -> None:
+        """What a method does to the gradients between the last pass and the step."""
 
     def _base_step(self) -> None:
         counts = _changes_weights(self._groups())
         if counts:
             self._watch.see_step(self)
-        if not self._unscale():
-            self.restore()
-            return
-        self._take_step(counts)
+        try:
+            self._finish_gradient()
+            self._refuse_two_scales()
+            if self._unscale():
+                self._take_step(counts)
+            else:  # torch.amp.GradScaler skips this step
+                self.restore()
+                counts = False
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._unscaled = self._unscaled_before = False
         if counts:
             self._count_step()
 
+    def _refuse_two_scales(self) -> None:
+        """torch.amp.GradScaler takes gradients that it unscaled before a perturbation for unscaled ones, although those
+        of the pass that came after it still have the scale."""
+        if self._unscaled_before and not self._unscaled and self._called_by_scaler():
+            raise RuntimeError(
+                f"{type(self).__name__}: scaler.unscale_() ran before the perturbed pass and not after it, so the "
+                "gradients of that pass would be stepped with as if they were unscaled. Unscale (and clip) once, after "
+                "`with opt.perturb()`; SAM's ascent does not depend on the scale. If that pass did not scale its loss, "
+                "call opt.step() instead of scaler.step(opt)"
+            )
+
     def _fused_step(self, buckets: Sequence[Bucket]) -> bool:
-        """Restore and step in one pass, if that fits. ``buckets`` are those that the base will step."""
-        if not self._set.perturbed:
-            return False
-        try:
-            done = _fused.restore_and_step(self.base, buckets)
-        except BaseException:
-            self.restore()
-            raise
+        """Restore, if the weights are away, and step in one pass, if that fits. ``buckets`` are those that the base
+        will step."""
+        done = _fused.restore_and_step(self.base, buckets)
         if done:
             self.restore()
         return done
@@ -124,6 +151,20 @@ class Perturbing(Wrapper):
             self._fill_groups()  # an older checkpoint was loaded through the base itself
         return groups
 
+    def _define_keys(self, group_defaults: dict[str, Any]) -> None:
+        """Give every group our keys: those of the class and, called by a subclass, its own."""
+        self._check_groups(self.base.param_groups)
+        check_keys(self.base, group_defaults)
+        self.base.defaults.update(group_defaults)
+        self._group_defaults |= group_defaults
+        self._fill_groups()
+
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for index, group in enumerate(groups):
+            for key, check in self.group_checks.items():
+                if key in group:
+                    check(f"param_groups[{index}]['{key}']", group[key])
+
     def _fill_groups(self) -> None:
         for group in self.base.param_groups:
             for key, value in self._group_defaults.items():
@@ -134,13 +175,57 @@ class Perturbing(Wrapper):
         self._fill_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            for key, check in self.group_checks.items():
+                if key in param_group:
+                    check(key, param_group[key])
         super().add_param_group(param_group)
         self._fill_groups()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._set_to_none, self._cleared = set_to_none, True
+        first = None if set_to_none else next(iter(self._gradients().values()), None)
+        self._zeroed = None if first is None else (first, first._version)
+
+    def _run_closure(self, closure: Closure, adds_up: bool = False) -> tuple[Any, GradientRecord]:
+        """What ``closure`` returns at the weights as they are, and what it did to the gradients. ``adds_up``: it is
+        called once, so that it may add to them.
+
+        Raises:
+            RuntimeError: it added to gradients that were there, which further calls of it would not compute again.
+        """
+        clean = self._zeroed is not None and self._zeroed[0]._version == self._zeroed[1]
+        record, self._cleared = GradientRecord(self.base.param_groups), False
+        result = closure()
+        if not (adds_up or self._cleared or clean) and record.added():
+            raise RuntimeError(
+                f"{type(self).__name__}.step(closure): the closure added its gradient to one that was there. The "
+                "perturbed pass calls it again, and would lose what earlier micro-batches computed. Clear the "
+                "gradients in the closure; to accumulate micro-batches, call opt.backward(closure) for each (it takes "
+                "a closure without backward() and m=), or repeat all of them within `with opt.perturb():`"
+            )
+        return result, record
+
+    def _sets_to_none(self) -> bool:
+        """Whether the loop lets go of its gradients, as it last said. One that never said so and holds views, of a
+        flat buffer of its own, wants them filled."""
+        if self._set_to_none is None:
+            return not any(grad._is_view() for grad in self._gradients().values())
+        return self._set_to_none
+
     def _clear_grads(self) -> None:
-        for group in self.base.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        """As the loop does it: some bases clear more than ``.grad``, some loops hold on to the tensors."""
+        set_to_none = self._sets_to_none()
+        if type(self.base).zero_grad is torch.optim.Optimizer.zero_grad and set_to_none:
+            for group in self.base.param_groups:  # what it does, without its range for the profiler
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            self.base.zero_grad(set_to_none)
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        return {p: p.grad for group in self.base.param_groups for p in group["params"] if p.grad is not None}
 
     @torch.no_grad()
     def _take_grads(self) -> dict[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -24,6 +25,7 @@ class RandomReplay:
         self.model = model
         self.second_pass = False
         self._recorded: list[Generators] = []
+        self._warned = False
         self._next = 0
         self._interrupted: Generators | None = None
         hook = _Hook(self)
@@ -32,6 +34,13 @@ class RandomReplay:
 
     def start_second_pass(self) -> None:
         self.second_pass, self._next = True, 0
+        if not self._recorded and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "same_rng: the first pass did not call the module given as model=, so its random numbers are not known "
+                "and dropout draws other masks in the second pass. Give the module that the loop calls",
+                stacklevel=5,
+            )
 
     def reset(self) -> None:
         """Forget the first pass: at the end of the second, and at a step without one."""

@@ -8,7 +8,9 @@ of anything: whatever the base optimizer owns is reached through it.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -74,10 +76,30 @@ def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
     return has_step_hooks(optimizer) or bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
 
 
-class Wrapper(torch.optim.Optimizer):
-    """An optimizer whose groups, state, defaults and checkpoints are those of ``base``."""
+def _param_groups() -> property:
+    """The base's own groups. Asking for them is all that GradScaler.unscale_ does to an optimizer, so it is noted here:
+    nothing else tells in which order a loop unscales and perturbs."""
 
-    param_groups = _from_base("param_groups")
+    def get(self: Wrapper) -> Any:
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "_unscale_grads_" and caller.f_back and caller.f_back.f_code.co_name == "unscale_":
+            self._unscaled = True
+        return self.base.param_groups
+
+    def set_(self: Wrapper, value: Any) -> None:
+        self.base.param_groups = value
+
+    return property(get, set_, doc="``param_groups`` of the base optimizer: its own object.")
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer whose groups, state, defaults and checkpoints are those of ``base``.
+
+    Methods and attributes that the base has beyond torch's, such as ``train()`` and ``eval()`` of schedule-free
+    optimizers, are reached through it.
+    """
+
+    param_groups = _param_groups()
     state = _from_base("state")
     defaults = _from_base("defaults")
     grad_scale = _set_by_scaler("grad_scale")
@@ -86,6 +108,7 @@ class Wrapper(torch.optim.Optimizer):
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
         self._amp: dict[str, Any] = {}
+        self._unscaled = False  # whether GradScaler.unscale_ ran since the last step or perturbation
         # The half of Optimizer's construction that is wanted: hook dictionaries and the patched step. __init__ would
         # register the parameters a second time.
         torch.optim.Optimizer.__setstate__(self, {})
@@ -127,6 +150,15 @@ class Wrapper(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """True makes ``GradScaler.step`` always call ``step``; False lets it unscale and skip for us."""
         return self._must_step() or self._base_scales()
+
+    def _called_by_scaler(self) -> bool:
+        """Whether ``scaler.step(opt)`` is what runs: it gives no other sign where it has nothing to unscale."""
+        if self._amp:
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_maybe_opt_step":
+            frame = frame.f_back
+        return frame is not None
 
     def _unscale(self) -> bool:
         """Do what GradScaler left to ``step``: divide the gradients by the scale. False if the step must be skipped.
@@ -192,6 +224,16 @@ class Wrapper(torch.optim.Optimizer):
             for name, value in self.__dict__.items()
             if name != "step" and not name.startswith("_optimizer_")
         }
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has. Private names are not: a copy in the making would look for ``base`` in vain."""
+        if name.startswith("_") or name == "base":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(self.base, name)
+        except AttributeError:
+            kinds = f"neither {type(self).__name__!r} nor its base {type(self.base).__name__!r}"
+            raise AttributeError(f"{kinds} has an attribute {name!r}") from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import draws_of, quad_words
+from ._noise import draws_of, quad_words
+
+__all__ = ["corrupt_labels", "draw_samples"]
 
 
 def element_numbers(index: Tensor, count: int) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_int
-from ..curvature._lipschitz import check_neighbourhood
+from .._checks import check_int, check_one_of, check_size, is_number
+from .._deprecated import renamed_arguments
+from ..curvature._arguments import check_neighbourhood, check_seed
 from ..curvature._measurement import NOISE, LossFn, Measurement, Part, check_tensors
 from ..curvature._probes import ScalarEstimate, scalar_estimate
 
 __all__ = ["expected_sharpness", "rises"]
 
 
+@renamed_arguments(law="distribution")
 def expected_sharpness(
     model: nn.Module,
     loss_fn: LossFn,
@@ -23,12 +27,13 @@ def expected_sharpness(
     *,
     params: Iterable[Tensor] | None = None,
     scale: float,
-    law: str = "normal",
+    distribution: str = "normal",
     gamma: float = 0.0,
     eps: float = 1.0,
     curvatures: Sequence[Tensor] | None = None,
     lipschitz: float | Sequence[Tensor] = 0.0,
     samples: int = 20,
+    antithetic: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> ScalarEstimate:
@@ -38,26 +43,42 @@ def expected_sharpness(
 
     Args:
         model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
-        scale, law, gamma, eps, curvatures, lipschitz: the noise, as in :func:`flatmin.ops.scaled_noise_`.
-        samples: number of draws >= 1; each is one forward pass over the data.
+        scale, distribution, gamma, eps, curvatures, lipschitz: the noise, as in :func:`flatmin.ops.scaled_noise_`. With
+            ``curvatures`` (loss / weight^2) ``scale`` has the unit sqrt(loss) and ``lipschitz`` loss / weight^3; else
+            ``scale`` is a factor of ``gamma |w| + eps``.
+        samples: number of independent values >= 1; each is one forward pass over the data, or two if ``antithetic``.
+        antithetic: each value is the mean of a pair, the rises at ``w + u`` and at ``w - u``: what is odd in u, as the
+            slope of the loss, cancels (Hammersley and Morton 1956). Needs one more copy of the parameters.
         seed: of the noise.
 
     Returns:
-        ``(value, stderr, samples)``, in units of the loss.
+        ``(value, stderr, samples)``, in units of the loss; the standard error is that over the independent values.
     """
     check_int("samples", samples, 1)
-    check_neighbourhood(gamma, eps)
-    with Measurement(model, loss_fn, data, params, "expected sharpness", samples + 1, progress) as m:
-        noise: dict[str, Any] = {"law": law, "scale": scale, "gamma": gamma, "eps": eps, "lipschitz": lipschitz}
+    check_seed(seed)
+    if curvatures is not None:
+        check_size("scale", scale)
+    elif not is_number(scale) or not math.isfinite(scale):
+        raise (ValueError if is_number(scale) else TypeError)(f"scale: {scale!r} given; give a finite float")
+    check_one_of("distribution", distribution, ("normal", "uniform", "truncated_normal", "rademacher"))
+    gamma, eps = check_neighbourhood(gamma, eps)
+    passes = 1 + samples * (1 + bool(antithetic))
+    with Measurement(model, loss_fn, data, params, "expected sharpness", passes, progress) as m:
+        noise: dict[str, Any] = {"law": distribution, "scale": float(scale), "gamma": gamma, "eps": eps}
         if curvatures is not None:
             noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)
-        if not isinstance(lipschitz, float | int):
+        if is_number(lipschitz):
+            check_size("lipschitz", lipschitz)
+            noise["lipschitz"] = float(lipschitz)  # type: ignore[arg-type]
+        else:
             noise["lipschitz"] = check_tensors("lipschitz", lipschitz, m.params)
-        return rises(m, float(m.mean_loss()), samples, seed, noise)
+        return rises(m, float(m.mean_loss()), samples, seed, noise, bool(antithetic))
 
 
-def rises(m: Measurement, clean: float, samples: int, seed: int, noise: dict[str, Any]) -> ScalarEstimate:
-    """The loss under ``samples`` draws of the noise, less the ``clean`` one."""
+def rises(
+    m: Measurement, clean: float, samples: int, seed: int, noise: dict[str, Any], antithetic: bool = False
+) -> ScalarEstimate:
+    """The loss under ``samples`` draws of the noise, or pairs of draws, less the ``clean`` one."""
     found = []
     for draw in range(samples):
 
@@ -66,5 +87,19 @@ def rises(m: Measurement, clean: float, samples: int, seed: int, noise: dict[str
             ops.scaled_noise_(part.of(m.params), backup, part.key(seed, draw, NOISE), **here)
 
         with m.moved(move):
-            found.append(float(m.mean_loss()) - clean)
+            rise = float(m.mean_loss()) - clean
+            there = [p.detach().clone() for p in m.params] if antithetic else []
+        found.append(0.5 * (rise + _mirrored(m, there) - clean) if antithetic else rise)
     return scalar_estimate(found)
+
+
+@torch.no_grad()
+def _mirrored(m: Measurement, there: list[Tensor]) -> float:
+    """The loss at ``2 w - there``: an operator's noise has one sign where a curvature sizes it."""
+    steps = [t.to(torch.promote_types(t.dtype, torch.float32)).sub_(p) for t, p in zip(there, m.params, strict=True)]
+
+    def move(part: Part, backup: Tensor) -> None:  # a step of SGD along u
+        ops.restore_sgd_(part.of(m.params), part.of(steps), (), backup, 1.0)
+
+    with m.moved(move):
+        return float(m.mean_loss())

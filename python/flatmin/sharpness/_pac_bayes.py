@@ -9,9 +9,12 @@ with probability 1 - delta
 
 for any eta > 0: PAC-Bayes-Hoeffding with the loss expanded to third order, ``||u||^3 <= sqrt(m) sum_i |u_i|^3`` and
 ``|u_i|^3 <= N_i u_i^2`` (Wang et al. 2018, arXiv 1809.07402; the constants are derived here, since the paper's are
-not confirmed). With a rho for each weight, ``rho_i`` in b_i, the expansion is no longer a theorem: it takes the
-third-order term of a loss whose parameters do not interact, and is then a measure in the form of a bound. A negative
-b_i counts as 0, as in the paper. All depends on each weight through one number,
+not confirmed). With a rho for each weight ``b_i = H_ii + rho_i sqrt(m) N_i / 3``, so that equal rho_i are one rho. The
+expansion is then no theorem but a measure in the form of a bound: the theorem where all rho_i are equal, and not below
+what parameters that do not interact would need, ``rho_i N_i / 3``. A negative b_i counts as 0, as in the paper.
+
+Units: the losses, ``1 / eta`` and the bound have that of the loss; H_ii loss / weight^2; rho loss / weight^3; gamma has
+none, eps, N_i and sigma_i that of a weight. All depends on each weight through one number,
 
     r_i = N_i^2 b_i / 3.
 
@@ -100,7 +103,8 @@ def optimal_sigma(
     """``sigma_i = min(1 / sqrt(eta (H_ii / 3 + rho sqrt(m) N_i / 9)), N_i)``: the sizes of uniform noise that minimise
     the bound at ``eta``, float64. m is the number of scalars in ``params``.
 
-    :func:`flatmin.ops.scaled_noise_` draws it with ``scale = sqrt(3 / eta)`` and ``lipschitz = rho sqrt(m) / 3``.
+    :func:`flatmin.ops.scaled_noise_` draws it with ``scale = sqrt(3 / eta)`` and ``lipschitz = rho sqrt(m) / 3``; the
+    best truncated normal noise with ``scale = 1 / sqrt(eta)`` and the same rho, if ``scale / sqrt(c_i) <= N_i``.
     """
     _, ns, rs = _neighbourhood(params, curvatures, lipschitz, gamma, eps)
     return [n * (eta * r).clamp(min=1.0).rsqrt() for n, r in zip(ns, rs, strict=True)]

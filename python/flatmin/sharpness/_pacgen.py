@@ -4,101 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_int
-from ..curvature._diagonals import Diagonal, check_diagonal, diagonal
-from ..curvature._lipschitz import check_lipschitz, check_neighbourhood
+from .._checks import check_int, check_size, is_number
+from .._deprecated import renamed_arguments
+from ..curvature._arguments import check_neighbourhood, check_seed, check_share
+from ..curvature._diagonals import Diagonal, FoundDiagonal, check_diagonal, diagonal
+from ..curvature._lipschitz import check_lipschitz
 from ..curvature._lipschitz import lipschitz as estimate_lipschitz
 from ..curvature._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
-from ..curvature._probes import Estimate, ScalarEstimate
+from ..curvature._probes import Estimate, scalar_estimate
 from . import _pacgen_report as _report
 from ._expected import rises
-from ._pac_bayes import Bound, NoiseBound
+from ._pac_bayes import NoiseBound
+from ._pacgen_result import Layer, PACGenResult
 
 __all__ = ["Layer", "PACGen", "pacgen"]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The part of one parameter tensor in :class:`PACGen`.
-
-    Attributes:
-        name: as in ``model.named_parameters()``.
-        size: number of elements.
-        psi: its terms of the metric, in nats.
-        capped: share of its elements whose noise is capped at the neighbourhood N_i.
-        curvature: mean of H_ii.
-        curvature_stderr: root mean square of the standard errors of H_ii; None if they are not known.
-    """
-
-    name: str
-    size: int
-    psi: float
-    capped: float
-    curvature: float
-    curvature_stderr: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class PACGen:
-    """What :func:`flatmin.pacgen` found. ``print`` shows a table, :meth:`plot` a figure.
-
-    Attributes:
-        psi: the metric, in nats: a sum over all parameters, so compare it within one architecture.
-        layers: its parts, one for each parameter tensor.
-        size: number of parameters, m.
-        samples: number of samples in the data, n.
-        capped: share of the parameters whose noise is capped at N_i.
-        curvature: H_ii, tensors like the parameters.
-        curvature_stderr: standard errors of ``curvature``; None if they are not known.
-        curvature_source: how H_ii was found.
-        lipschitz: the Hessian-Lipschitz constant rho, or one for each element.
-        lipschitz_source: how it was found.
-        training_loss: mean loss over the data at the weights.
-        uniform: the bound for uniform noise at its best size and eta.
-        truncated_normal: the same for truncated normal noise.
-        sharpness: sampled ``E_u L(w + u) - L(w)`` under the noise of ``uniform``; None if there were no draws.
-        gamma, eps, sqrt_m, delta: as given.
-    """
-
-    psi: float
-    layers: tuple[Layer, ...] = field(repr=False)
-    size: int
-    samples: int
-    capped: float
-    curvature: list[Tensor] = field(repr=False)
-    curvature_stderr: list[Tensor] | None = field(repr=False)
-    curvature_source: str
-    lipschitz: float | list[Tensor] = field(repr=False)
-    lipschitz_source: str
-    training_loss: float
-    uniform: Bound
-    truncated_normal: Bound
-    sharpness: ScalarEstimate | None
-    gamma: float
-    eps: float
-    sqrt_m: bool
-    delta: float
-
-    @property
-    def bound_uniform(self) -> float:
-        """The bound for uniform noise."""
-        return self.uniform.value
-
-    @property
-    def bound_truncated_normal(self) -> float:
-        """The bound for truncated normal noise."""
-        return self.truncated_normal.value
-
-    @property
-    def eta(self) -> float:
-        """The temperature at which the bound for uniform noise is smallest."""
-        return self.uniform.eta
+class PACGen(PACGenResult):
+    """What :func:`flatmin.pacgen` found. ``print`` shows a table, :meth:`plot` a figure, :class:`PACGenResult` has its
+    numbers."""
 
     def __str__(self) -> str:
         return _report.table(self)
@@ -122,6 +52,7 @@ class PACGen:
         return _report.plot(self, path)
 
 
+@renamed_arguments(samples="curvature_samples")
 def pacgen(
     model: nn.Module,
     loss_fn: LossFn,
@@ -134,7 +65,7 @@ def pacgen(
     lipschitz: str | float | Sequence[Tensor] = "max",
     quantile: float = 0.99,
     sqrt_m: bool = False,
-    samples: int = 100,
+    curvature_samples: int = 100,
     method: str = "autograd",
     noise_samples: int = 10,
     delta: float = 0.05,
@@ -147,15 +78,15 @@ def pacgen(
     + eps`` and ``c_i = max(H_ii + rho N_i, 0)``: the number of nats that it takes to tell the weights from their prior,
     if each is told as exactly as its curvature asks for. The lower, the flatter, and the smaller the gap between test
     and training loss is expected to be. Psi is reconstructed from the bound that it comes from, and the constants of
-    the bound are derived: see :mod:`flatmin._bound`. The bound holds for losses in [0, 1], with prior and eta chosen
-    beforehand; take it as a number to compare by.
+    the bound are derived: see :mod:`flatmin.sharpness._pac_bayes`. The bound holds for losses in [0, 1], with prior and
+    eta chosen beforehand; take it as a number to compare by.
 
     The model is measured in the mode in which it is (call ``model.eval()`` first) and left as it was: see
     :mod:`flatmin.curvature`.
 
     Args:
         model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`. ``data`` are the training data.
-        gamma, eps: >= 0, not both 0: the neighbourhood.
+        gamma, eps: >= 0, not both 0: the neighbourhood; eps has the unit of a weight.
         curvature: H_ii: "hutchinson", "gnb" (classifiers, >= 0), "squared_gradient" (what the paper averages; depends
             on the batch size), "exact" (small models), tensors like the parameters, or a function ``curvature(model,
             loss_fn, data, params=params)`` that returns them.
@@ -163,8 +94,9 @@ def pacgen(
             estimator as ``curvature`` ("hutchinson" where that is tensors), or a float, or tensors like the parameters.
             One for each element ("element", tensors) makes the bound a measure in the form of a bound.
         quantile: for ``lipschitz="quantile"``.
-        sqrt_m: use ``rho sqrt(m) N_i`` in c_i, m the number of parameters, as one reading of the paper has it.
-        samples: probes of "hutchinson", or draws of labels of "gnb".
+        sqrt_m: use ``rho sqrt(m) N_i`` in c_i, m the number of parameters, as one reading of the paper has it; with one
+            rho and with one for each element alike. The bound has the factor in any case.
+        curvature_samples: probes of "hutchinson", or draws of labels of "gnb".
         method: of the Hessian-vector products, as in :func:`flatmin.curvature.hvp`.
         noise_samples: draws for the expected sharpness, >= 0; each is a forward pass over the data.
         delta: the bound holds with probability 1 - delta.
@@ -173,10 +105,10 @@ def pacgen(
     Raises:
         ValueError: a curvature is not finite (the message names the parameter), or an argument cannot be used.
     """
-    check_neighbourhood(gamma, eps)
-    if not 0.0 < delta < 1.0:
-        raise ValueError(f"delta: {delta} given; give a probability in (0, 1), 0.05 for a bound that holds with 0.95")
-    check_int("samples", samples, 1)
+    gamma, eps = check_neighbourhood(gamma, eps)
+    check_share("delta", delta, "a probability in (0, 1), 0.05 for a bound that holds with 0.95")
+    check_int("curvature_samples", curvature_samples, 1)
+    check_seed(seed)
     check_int("noise_samples", noise_samples, 0)
     if isinstance(lipschitz, str):
         check_lipschitz(lipschitz, quantile, "lipschitz")
@@ -185,39 +117,42 @@ def pacgen(
         check_diagonal("curvature", curvature)
     with Measurement(model, loss_fn, data, params, "", progress=False) as m:
         names = names_of(model, m.params)
-        estimate = _curvature(m, curvature, samples, method, seed, progress)
+        found = _curvature(m, curvature, curvature_samples, method, seed, progress)
+        estimate = found.estimate
         refuse_not_finite("curvature", estimate.value, names)
         rho: float | list[Tensor]
         if isinstance(lipschitz, str):
-            diag: Any = "hutchinson" if given else curvature
             rho = estimate_lipschitz(
                 model,
                 loss_fn,
-                data,
+                m.data,
                 params=m.params,
                 gamma=gamma,
                 eps=eps,
                 mode=lipschitz,
                 quantile=quantile,
-                diag=diag,
+                curvature="hutchinson" if given else curvature,  # type: ignore[arg-type]
                 at_weights=None if given else estimate.value,
-                probes=samples,
+                curvature_samples=curvature_samples,
                 method=method,
                 seed=seed,
                 progress=progress,
             )
-        elif isinstance(lipschitz, float | int):
-            rho = float(lipschitz)
-            if not 0.0 <= rho < math.inf:
-                raise ValueError(f"lipschitz: {rho} given; give a finite float >= 0, tensors, or a way to estimate it")
+        elif is_number(lipschitz):
+            check_size("lipschitz", lipschitz)
+            rho = float(lipschitz)  # type: ignore[arg-type]
         else:
             rho = check_tensors("lipschitz", lipschitz, m.params)
             refuse_not_finite("lipschitz", rho, names)
         size = sum(p.numel() for p in m.params)
-        rows = _metric(m, estimate.value, _scaled(rho, math.sqrt(size) if sqrt_m else 1.0), gamma, eps)
-    with Measurement(model, loss_fn, data, m.params, "expected sharpness", noise_samples + 1, progress) as m:
+        metric_rho = _scaled(rho, math.sqrt(size) if sqrt_m else 1.0)
+        rows = _metric(m, estimate.value, metric_rho, gamma, eps)
+        errors = _psi_errors(m.params, estimate, metric_rho, gamma, eps, coupled=curvature != "hutchinson")
+    with Measurement(model, loss_fn, m.data, m.params, "expected sharpness", noise_samples + 1, progress) as m:
         loss = float(m.mean_loss())
-        bound = NoiseBound(m.params, estimate.value, rho, gamma=gamma, eps=eps, loss=loss, samples=m.count, delta=delta)
+        bound = NoiseBound(
+            m.params, estimate.value, rho, gamma=gamma, eps=eps, loss=loss, samples=m.count, delta=float(delta)
+        )
         uniform, truncated = bound.minimise(bound.uniform), bound.minimise(bound.truncated_normal)
         sharpness = None
         if noise_samples:
@@ -226,7 +161,7 @@ def pacgen(
             sharpness = rises(m, loss, noise_samples, seed, noise)
         return PACGen(
             psi=math.fsum(psi for psi, _ in rows),
-            layers=_layers(m.params, names, rows, estimate),
+            layers=_layers(m.params, names, rows, errors, found),
             size=size,
             samples=m.count,
             capped=math.fsum(capped for _, capped in rows) / size,
@@ -243,14 +178,19 @@ def pacgen(
             eps=eps,
             sqrt_m=sqrt_m,
             delta=delta,
+            psi_stderr=_joined(errors, coupled=curvature != "hutchinson"),
+            curvature_mean=math.fsum(float(h.sum(dtype=_wide(h))) for h in estimate.value) / size,
+            curvature_mean_stderr=_mean_error(found.means, m.params, range(len(m.params))),
         )
 
 
-def _curvature(m: Measurement, curvature: Any, samples: int, method: str, seed: int, progress: bool | None) -> Estimate:
+def _curvature(
+    m: Measurement, curvature: Any, samples: int, method: str, seed: int, progress: bool | None
+) -> FoundDiagonal:
     if not isinstance(curvature, str) and not callable(curvature):
-        return Estimate(check_tensors("curvature", curvature, m.params), [], 0)
+        return FoundDiagonal(Estimate(check_tensors("curvature", curvature, m.params), [], 0), None)
     options: dict[str, Any] = {"samples": samples, "method": method, "seed": seed, "progress": progress}
-    return diagonal(curvature, m.model, m.loss_fn, m.data, m.params, **options)
+    return diagonal(curvature, m.model, m.loss_fn, m.data, m.params, keep_means=True, **options)
 
 
 def _source(curvature: Any, estimate: Estimate) -> str:
@@ -276,14 +216,68 @@ def _metric(
     return rows
 
 
+@torch.no_grad()
+def _psi_errors(
+    params: Sequence[Tensor],
+    estimate: Estimate,
+    lipschitz: float | list[Tensor],
+    gamma: float,
+    eps: float,
+    coupled: bool,
+) -> list[float] | None:
+    """Standard error of each tensor's Psi: to first order ``dPsi = dH_ii / (2 c_i)`` where the noise is not capped.
+
+    Of Hutchinson's samples ``x_i = v_i sum_k H_ik v_k`` two share ``H_ij v_i v_j`` and nothing else, so ``Var(sum_i g_i
+    x_i)`` has ``(g_i + g_j)^2 H_ij^2`` of each pair, at most twice what independent errors would have. Where that is
+    not known (``coupled``), all errors may go one way."""
+    if not estimate.stderr:
+        return None
+    errors = []
+    for i, (p, h, se) in enumerate(zip(params, estimate.value, estimate.stderr, strict=True)):
+        n = gamma * p.abs().to(h.dtype) + eps
+        c = (h + (lipschitz if isinstance(lipschitz, float) else lipschitz[i]) * n).clamp(min=0.0)
+        terms = torch.where(c * n * n > 1.0, 0.5 / c, 0.0) * se  # NaN of one sample stays
+        total = terms.sum(dtype=_wide(h)) if coupled else (2.0 * terms.square().sum(dtype=_wide(h))).sqrt()
+        errors.append(float(total))
+    return errors
+
+
+def _joined(errors: Sequence[float] | None, coupled: bool) -> float | None:
+    if errors is None:
+        return None
+    return math.fsum(errors) if coupled else math.hypot(*errors)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float32 if t.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _mean_error(means: list[list[float]] | None, params: Sequence[Tensor], tensors: Iterable[int]) -> float | None:
+    """Standard error of the mean of H_ii over some of the tensors."""
+    if means is None:
+        return None
+    sizes = {i: params[i].numel() for i in tensors if params[i].numel()}
+    total = sum(sizes.values())
+    return scalar_estimate(
+        [math.fsum(sample[i] * size for i, size in sizes.items()) / total for sample in means]
+    ).stderr
+
+
 def _layers(
-    params: Sequence[Tensor], names: Sequence[str], rows: Sequence[tuple[float, float]], estimate: Estimate
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    rows: Sequence[tuple[float, float]],
+    errors: Sequence[float] | None,
+    found: FoundDiagonal,
 ) -> tuple[Layer, ...]:
     layers = []
+    estimate = found.estimate
     for i, (p, name, (psi, capped)) in enumerate(zip(params, names, rows, strict=True)):
         if not p.numel():
             continue
         stderr = float(estimate.stderr[i].square().mean().sqrt()) if estimate.stderr else None
         mean = float(estimate.value[i].mean())
-        layers.append(Layer(name, p.numel(), psi, capped / p.numel(), mean, stderr))
+        mean_stderr = _mean_error(found.means, params, [i])
+        psi_stderr = None if errors is None else errors[i]
+        layers.append(Layer(name, p.numel(), psi, capped / p.numel(), mean, stderr, mean_stderr, psi_stderr))
     return tuple(layers)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ._pac_bayes import Bound
-
-if TYPE_CHECKING:
-    from ._pacgen import PACGen
+from ._pacgen_result import PACGenResult
 
 __all__ = ["as_dict", "plot", "table"]
 
@@ -24,7 +22,7 @@ _DIVERGENCE, _TEMPERATURE = "divergence / eta", "eta / (2 n)"
 _ROWS = 24  # bars that a figure can hold with legible names
 
 
-def _lipschitz(result: PACGen) -> dict[str, float]:
+def _lipschitz(result: PACGenResult) -> dict[str, float]:
     """The constant, or what can be said of one for each element in two numbers."""
     if isinstance(result.lipschitz, float):
         return {"value": result.lipschitz}
@@ -32,7 +30,7 @@ def _lipschitz(result: PACGen) -> dict[str, float]:
     return {"largest": float(flat.max()), "median": float(flat.median())}
 
 
-def table(result: PACGen) -> str:
+def table(result: PACGenResult) -> str:
     """Rows for the layers, then the totals, then what the bound is made of."""
     rho = ", ".join(f"{name} {value:.4g}" for name, value in _lipschitz(result).items()).removeprefix("value ")
     settings = f"gamma {result.gamma:g}, eps {result.eps:g}" + ", rho sqrt(m)" * result.sqrt_m
@@ -42,17 +40,23 @@ def table(result: PACGen) -> str:
         f"Hessian-Lipschitz constant: {rho} ({_SOURCES.get(result.lipschitz_source, result.lipschitz_source)})",
         "",
     ]
-    head = ["parameter", "elements", "Psi / nats", "per element", "capped", "mean H_ii", "std. error"]
+    head = ["parameter", "elements", "Psi / nats", "per element", "capped", "s.e. of Psi", "mean H_ii"]
+    head += ["s.e. of mean", "s.e. of H_ii"]
     rows = []
     for layer in result.layers:
-        stderr = "-" if layer.curvature_stderr is None else f"{layer.curvature_stderr:.2g}"
         sums = _psi(layer.psi, layer.size, layer.capped)
-        rows.append([layer.name, f"{layer.size:,}", *sums, f"{layer.curvature:.3g}", stderr])
-    mean = math.fsum(layer.curvature * layer.size for layer in result.layers) / result.size
-    total = ["total", f"{result.size:,}", *_psi(result.psi, result.size, result.capped), f"{mean:.3g}", ""]
+        mean = [f"{layer.curvature:.3g}", _error(layer.curvature_mean_stderr), _error(layer.curvature_stderr)]
+        rows.append([layer.name, f"{layer.size:,}", *sums, _error(layer.psi_stderr), *mean])
+    total = ["total", f"{result.size:,}", *_psi(result.psi, result.size, result.capped), _error(result.psi_stderr)]
+    total += [f"{result.curvature_mean:.3g}", _error(result.curvature_mean_stderr), ""]
     widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines += [_row(head, widths), rule, *(_row(row, widths) for row in rows), rule, _row(total, widths), ""]
+    if result.psi_stderr is not None:
+        lines.append(
+            "s.e.: standard errors over the samples of the curvature: of Psi (at most, to first order, rho as it"
+        )
+        lines += ["is), of the mean of H_ii over a tensor, and of a single H_ii (root mean square).", ""]
     lines.append(f"training loss                  {result.training_loss:.6g}")
     if result.sharpness is not None:
         rise = result.sharpness
@@ -64,6 +68,10 @@ def table(result: PACGen) -> str:
         f"Losses in units of loss_fn. The bound is one for losses in [0, 1], with probability {1.0 - result.delta:g}."
     )
     return "\n".join(lines)
+
+
+def _error(stderr: float | None) -> str:
+    return "-" if stderr is None or math.isnan(stderr) else f"{stderr:.2g}"
 
 
 def _psi(psi: float, size: int, capped: float) -> list[str]:
@@ -93,7 +101,7 @@ def _finite(x: float | None) -> float | None:
     return x if x is not None and math.isfinite(x) else None
 
 
-def as_dict(result: PACGen) -> dict[str, Any]:
+def as_dict(result: PACGenResult) -> dict[str, Any]:
     """Plain numbers, strings, lists and dictionaries. None stands for what is not finite or not known."""
     layers = [
         {
@@ -103,12 +111,17 @@ def as_dict(result: PACGen) -> dict[str, Any]:
             "capped": layer.capped,
             "curvature": _finite(layer.curvature),
             "curvature_stderr": _finite(layer.curvature_stderr),
+            "curvature_mean_stderr": _finite(layer.curvature_mean_stderr),
+            "psi_stderr": _finite(layer.psi_stderr),
         }
         for layer in result.layers
     ]
     sharpness = result.sharpness
     return {
         "psi": _finite(result.psi),
+        "psi_stderr": _finite(result.psi_stderr),
+        "curvature_mean": _finite(result.curvature_mean),
+        "curvature_mean_stderr": _finite(result.curvature_mean_stderr),
         "layers": layers,
         "size": result.size,
         "samples": result.samples,
@@ -127,8 +140,8 @@ def as_dict(result: PACGen) -> dict[str, Any]:
     }
 
 
-def plot(result: PACGen, path: Any = None) -> Any:
-    """Left the layers' parts of the metric, right the terms of both bounds. See :meth:`PACGen.plot`."""
+def plot(result: PACGenResult, path: Any = None) -> Any:
+    """Left the layers' parts of the metric, right the terms of both bounds. See :meth:`flatmin.PACGen.plot`."""
     try:
         figure_module = importlib.import_module("matplotlib.figure")
     except ImportError as error:
@@ -172,7 +185,7 @@ def plot(result: PACGen, path: Any = None) -> Any:
     right.set_xlim(-0.6, len(laws) - 0.4)
     right.margins(y=0.2)
     right.set_ylabel("bound / units of the loss")
-    right.set_xlabel("law of the noise")
+    right.set_xlabel("distribution of the noise")
     right.set_title(f"PAC-Bayes bound (probability {1.0 - result.delta:g}), n = {result.samples:,}", fontsize=11)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower right", ncols=5, frameon=False)

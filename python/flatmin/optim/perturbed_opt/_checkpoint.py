@@ -30,13 +30,21 @@ class Checkpoint(dict[str, Any]):
     ``get_optimizer_state_dict(model, opt)`` then knows whose state is whose, and can shard it anew.
     """
 
-    def __init__(self, base: dict[str, Any], noise: NoiseSet, params: Sequence[Tensor]) -> None:
-        super().__init__(base=base, noise=pack_noise(noise, params))
+    #: The set and the parameters that it was made from; none in a copy, which trainers make as ``type(d)({...})``.
+    _origin: tuple[NoiseSet, Sequence[Tensor]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._flat: dict[str, Any] = {}
-        self._origin = noise, params
+
+    @classmethod
+    def of(cls, base: dict[str, Any], noise: NoiseSet, params: Sequence[Tensor]) -> Checkpoint:
+        checkpoint = cls(base=base, noise=pack_noise(noise, params))
+        checkpoint._origin = noise, params
+        return checkpoint
 
     def __missing__(self, key: str) -> Any:
-        if key not in ("state", "param_groups"):
+        if key not in ("state", "param_groups") or self._origin is None:
             raise KeyError(key)
         if not self._flat:  # the same objects at every call: they are rewritten in place
             self._flat = _flat(self["base"], *self._origin)

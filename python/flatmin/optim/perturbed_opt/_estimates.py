@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ... import ops
 from ..._distributed import rank
+from ..._double_backward import explained_double_backward
+from ...ops._softmax_labels import draw_labels
 from ._noise_bucket import NoiseBucket, Subset, local
 from ._noise_set import STREAMS, NoiseSet
 
@@ -30,7 +32,9 @@ def learn_from_gnb(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tenso
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"closure: gave {given}, but hessian='gnb' needs logits of shape (predictions, classes)")
-    labels = _draw_labels(noise, logits.detach())
+    # each rank draws for its own rows
+    key = ops.random_key(noise.seed, noise.estimates, STREAMS + rank(), logits.device)
+    labels = draw_labels(logits.detach(), key)
     loss = torch.nn.functional.cross_entropy(logits, labels)
     subsets, sources = _subsets(noise, buckets, torch.autograd.grad(loss, _params(buckets), allow_unused=True))
     count = _average(sources, len(labels), _group(noise))
@@ -56,7 +60,8 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
     products: Sequence[Tensor] = [torch.zeros_like(p) for p in params]
     if pairs:
         outputs, vectors = zip(*pairs, strict=True)
-        products = torch.autograd.grad(outputs, params, vectors, materialize_grads=True)
+        with explained_double_backward("Give hessian='gnb', 'grad2' or a callable"):
+            products = torch.autograd.grad(outputs, params, vectors, materialize_grads=True)
     remaining = iter(products)
     sources = [[next(remaining) for _ in subset.params] for subset in subsets]
     _average(sources, 1, _group(noise))
@@ -80,15 +85,6 @@ def learn_from_callable(noise: NoiseSet, groups: _Groups, hessian: Callable[[lis
     subsets, sources = _subsets(noise, buckets, estimates)
     _average(sources, 1, _group(noise))
     noise.learn_from_estimates(subsets, sources, [None] * len(subsets), source="plain")
-
-
-def _draw_labels(noise: NoiseSet, logits: Tensor) -> Tensor:
-    """One class of each row: the largest logit with Gumbel noise. Each rank draws for its own rows."""
-    key = ops.random_key(noise.seed, noise.estimates, STREAMS + rank(), logits.device)
-    uniform = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    ops.probe_([uniform], key, law="uniform")
-    gumbel = uniform.add_(1.0).mul_(0.5).log_().neg_().log_().neg_()
-    return (logits.float() + gumbel).argmax(dim=1)
 
 
 def _group(noise: NoiseSet) -> ProcessGroup | None:

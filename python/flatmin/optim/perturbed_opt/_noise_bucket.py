@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import ops, reference
 from ..._distributed import is_dtensor
-from .._buckets import AdamState, Bucket
+from .._buckets import Bucket, RestoreAndStep
 from ._bias_correction import BiasCorrection
 from ._settings import Settings
 
@@ -110,6 +110,9 @@ class NoiseBucket(Bucket):
         self._key = (seed, draw, stream), key
         return key
 
+    def forget_key(self) -> None:
+        self._key = None
+
     def draws(self) -> int | None:
         """How many draws the device has made; None if it made none. The host waits for it."""
         return None if self._key is None else int(self._key[1].view(torch.int32)[2]) % 2**32 + 1
@@ -137,44 +140,21 @@ class NoiseBucket(Bucket):
         s = self.settings
         return {"decay": s.beta1, "lipschitz_decay": s.beta2, "min_step": s.min_step}
 
-    def restore_sgd(self, grads: list[Tensor], buffers: list[Tensor], lr: float, **options: Any) -> None:
+    def restore_and_step(self, operator: RestoreAndStep, *lists: list[Tensor], lr: float, **options: Any) -> None:
+        """Whatever the base is: where the steps feed the curvature, it is averaged in the same pass."""
         if not self.settings.fed_by_steps:
-            super().restore_sgd(grads, buffers, lr, **options)
+            super().restore_and_step(operator, *lists, lr=lr, **options)
             return
         update = self.correction.next()
-        self.largest = ops.restore_sgd_curvature_(
+        self.largest = operator(
             self.params,
-            grads,
-            buffers,
-            self.curvatures,
-            self.lipschitz,
-            self.backup,
+            *lists,
+            self.backup_to_step_from(),
             lr,
-            update.corrections,
             **options,
-            **self.averaging(),
-        )
-        self.correction.advance(update)
-
-    def restore_adam(self, grads: list[Tensor], state: AdamState, lr: float, **options: Any) -> None:
-        if not self.settings.fed_by_steps:
-            super().restore_adam(grads, state, lr, **options)
-            return
-        update = self.correction.next()
-        exp_avgs, exp_avg_sqs, maxima, steps = state
-        self.largest = ops.restore_adam_curvature_(
-            self.params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            maxima,
-            steps,
-            self.curvatures,
-            self.lipschitz,
-            self.backup,
-            lr,
-            update.corrections,
-            **options,
+            curvatures=self.curvatures,
+            lipschitz=self.lipschitz,
+            corrections=update.corrections,
             **self.averaging(),
         )
         self.correction.advance(update)
@@ -223,8 +203,8 @@ class Subset:
             return None
         params = self.local()
         backup = ops.backup_like(params)
-        for slot, p, state in zip(reference._slots(params, backup), params, self.states, strict=True):
-            slot.copy_(local(state.anchor).permute(sorted(range(p.dim()), key=p.stride, reverse=True)))
+        for view, p, state in zip(reference.backup_views(params, backup), params, self.states, strict=True):
+            view.copy_(local(state.anchor).permute(sorted(range(p.dim()), key=p.stride, reverse=True)))
         return backup
 
     @torch.no_grad()

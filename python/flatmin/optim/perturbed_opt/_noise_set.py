@@ -145,6 +145,13 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             raise
         return bool(self.buckets)
 
+    def take_back_draw(self) -> None:
+        """As if the last draw had not been: the next one gives its noise."""
+        if self.buckets:
+            self.draws -= 1
+            for bucket in self.buckets:
+                bucket.forget_key()
+
     def _move(self, bucket: NoiseBucket, group: dict[str, Any], factor: float, key: Tensor) -> Tensor:
         options: dict[str, Any] = {"law": self.settings.distribution}
         if self.settings.curved:

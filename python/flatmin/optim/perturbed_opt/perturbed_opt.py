@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..._checks import check_int, check_size
-from .._arguments import build_base, check_model, check_noise_options
-from .._batchnorm import BatchNormBuffers, CleanStatistics
+from .._arguments import build_base, share_arguments
+from .._model_buffers import CleanBuffers, ModelBuffers
 from .._perturbing import Perturbing, accumulate
 from .._wrapper import Closure
 from ._checkpoint import Checkpoint, check_noise, split, unpack_noise
 from ._estimates import learn_from_callable, learn_from_gnb, learn_from_hutchinson
 from ._noise_set import NoiseSet, NoiseStats, can_move
+from ._options import check_options
 from ._settings import Settings
 
 if TYPE_CHECKING:
@@ -85,11 +87,13 @@ class PerturbedOPT(Perturbing):
             estimate of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
         gamma, eps: the neighbourhood ``N``, >= 0. Per group: ``popt_gamma``, ``popt_eps``. Without noise (both 0, or
             ``scale`` 0) a group is left to the base, to the last bit.
-        scale: >= 0, ``1 / sqrt(eta)`` of the PAC-Bayes bound. Per group: ``popt_scale``.
+        scale: >= 0, in units of sqrt(loss). The PAC-Bayes bound at the temperature ``eta`` (1 / loss) is smallest for
+            ``sqrt(3 / eta)`` with uniform noise and ``1 / sqrt(eta)`` with truncated normal noise, both with ``rho
+            sqrt(m) / 3`` for rho, m the number of weights. Per group: ``popt_scale``.
         beta1: decay of ``h``.
         beta2: decay of ``rho``.
-        lipschitz: Hessian-Lipschitz constant ``rho``. "global": the largest quotient; "element": one for each weight;
-            or a constant >= 0.
+        lipschitz: Hessian-Lipschitz constant ``rho``, in units of loss / weight^3. "global": the largest quotient;
+            "element": one for each weight; or a constant >= 0.
         min_step: weights that moved by no more have no quotient. The default is the rounding unit of a float32 weight
             of 0.1: quotients of smaller steps are of rounding errors, and the global constant is their maximum.
         schedule: ``decay(T)`` of the epoch ``T``, see :attr:`epoch`. None is 1, "log" is ``1 / log(e - 1 + T)``, a
@@ -101,7 +105,7 @@ class PerturbedOPT(Perturbing):
             2404.00357, with ``dist="normal"``); ``||w|| / sqrt(n)`` of its tensor, so that the noise of a tensor has a
             size relative to it ("tensor", AWP's normalisation, arXiv 2004.05884). "truncated_normal" then cuts at
             ``sigma``.
-        model: module whose BatchNorm statistics must not see the perturbed weights. Since there is no other pass,
+        model: module whose buffers (BatchNorm's statistics) must not see the perturbed weights. With no other pass
             something else has to count: a forward before :meth:`perturb`, ``with torch.no_grad(): model(x)``, or
             :func:`torch.optim.swa_utils.update_bn` before an evaluation. Without ``model`` the statistics follow the
             perturbed passes.
@@ -121,7 +125,12 @@ class PerturbedOPT(Perturbing):
     """
 
     _set: NoiseSet
-    _batch_norm: CleanStatistics | None
+    _buffers: CleanBuffers | None
+    group_checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        "popt_scale": check_size,
+        "popt_gamma": check_size,
+        "popt_eps": check_size,
+    }
     _advice = "Compute the gradient within `with opt.perturb():`, or call opt.step(closure)"
 
     def __init__(
@@ -142,6 +151,7 @@ class PerturbedOPT(Perturbing):
         draws: int = 1,
         sizing: str = "curvature",
         model: nn.Module | None = None,
+        exempt_buffers: Sequence[str] = (),
         sync: str | ProcessGroup = "common",
         generator: torch.Generator | None = None,
         hessian_interval: int = 10,
@@ -150,21 +160,22 @@ class PerturbedOPT(Perturbing):
     ) -> None:
         own: dict[str, Any] = {"hessian": hessian, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
         own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "hessian_interval": hessian_interval}
-        others: dict[str, Any] = {"dist": dist, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync}
-        check_noise_options(**own, **others, draws=draws, generator=generator, start=start)
-        check_model(model, same_rng=False)
-        optimizer = build_base("PerturbedOPT", optimizer_or_params, base, base_kwargs)
-        group_defaults = {"popt_scale": scale}
-        if sizing == "curvature":
-            group_defaults |= {"popt_gamma": gamma, "popt_eps": eps}
-        _check_groups(optimizer.param_groups, group_defaults)
-        settings = Settings(dist, sizing, hessian, lipschitz, beta1, beta2, min_step, schedule, sync)
+        own |= {"dist": dist, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync, "draws": draws}
+        own |= {"generator": generator, "start": start, "model": model, "exempt_buffers": exempt_buffers}
+        share_arguments(PerturbedOPT.__init__, "popt_", own, base, base_kwargs)
+        check_options(PerturbedOPT.__init__.__kwdefaults__ or {}, **own)
+        optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
+        group_defaults = {"popt_scale": own["scale"]}
+        if own["sizing"] == "curvature":
+            group_defaults |= {"popt_gamma": own["gamma"], "popt_eps": own["eps"]}
+        settings = Settings(own["dist"], *(own[name] for name in Settings._fields[1:]))
         seed = torch.initial_seed()
-        if generator is not None:
-            seed = int(torch.randint(2**63 - 1, (), generator=generator))
-        batch_norm = CleanStatistics(model) if model is not None else None
-        super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), batch_norm)
-        self._draws, self._start, self._interval = draws, start, hessian_interval
+        if own["generator"] is not None:
+            seed = int(torch.randint(2**63 - 1, (), generator=own["generator"]))
+        buffers = CleanBuffers(own["model"], own["exempt_buffers"]) if own["model"] is not None else None
+        super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), buffers)
+        self._draws, self._start, self._interval = own["draws"], own["start"], own["hessian_interval"]
+        self._warned = False
 
     # -- the pass ----------------------------------------------------------------------------------------------------
 
@@ -199,10 +210,10 @@ class PerturbedOPT(Perturbing):
         if not self.active:
             return
         groups = self._groups()
-        _check_groups(groups, self._group_defaults)
-        if self._batch_norm is not None:
-            self._batch_norm.see_step(self._set.steps)
-            self._batch_norm.save()
+        self._check_groups(groups)
+        if self._buffers is not None:
+            self._buffers.see_step(self._set.steps)
+            self._buffers.save()
         self._watch.ascended = self._set.ascend(groups)
         self._start_pass()
         self._refuse_what_is_not_finite()
@@ -222,8 +233,12 @@ class PerturbedOPT(Perturbing):
         loss = None
         if closure is not None:
             self._refuse_unless_at_rest("step(closure)")
-            with torch.enable_grad():
-                loss = self._run_draws(closure)
+            try:
+                with torch.enable_grad():
+                    loss = self._run_draws(closure)
+            except BaseException:
+                self._abandon()
+                raise
         self._refuse_what_is_not_finite()
         self._base_step()
         self._refuse_what_is_not_finite()
@@ -235,12 +250,18 @@ class PerturbedOPT(Perturbing):
 
     def _run_draws(self, closure: Closure) -> Any:
         draws = self._draws if self.active else 1
-        if draws == 1:
-            return self._run_perturbed(closure)
         losses, total = [], dict[Tensor, Tensor]()
-        for _ in range(draws):
+        for draw in range(draws):
             self.restore()  # but not after the last: the step may do that in passing
-            losses.append(self._run_perturbed(closure))
+            self.ascend()
+            loss, record = self._run_closure(closure, adds_up=draws == 1)
+            if draw == 0 and record.untouched():  # the loop has computed the gradient: its noise is the last draw
+                self.restore()
+                self._set.take_back_draw()
+                return loss
+            if draws == 1:
+                return loss
+            losses.append(loss)
             accumulate(total, self._take_grads())
         with torch.no_grad():
             for grad in total.values():
@@ -256,7 +277,8 @@ class PerturbedOPT(Perturbing):
             self.restore()
             raise
         stepping = noise.stepping()
-        if counts and self._fused_step(stepping):
+        moved = noise.perturbed or (bool(stepping) and all(bucket.saved for bucket in stepping))
+        if counts and moved and self._fused_step(stepping):
             noise.learn_from_fused(stepping)
         else:
             self.restore()
@@ -268,7 +290,22 @@ class PerturbedOPT(Perturbing):
                 learn_from_callable(noise, groups, noise.settings.hessian)
 
     def _count_step(self) -> None:
-        self._set.steps += 1
+        noise = self._set
+        noise.steps += 1
+        waits = noise.settings.curved and not noise.settings.fed_by_steps and not noise.states
+        if waits and not self._warned and noise.steps >= self._start + 2 and any(map(can_move, self._groups())):
+            self._warned = True
+            hessian = noise.settings.hessian
+            advice = (
+                "the function has returned None for every parameter; return its estimates of the curvature"
+                if callable(hessian)
+                else f"call opt.update_curvature(closure) in the loop, which hessian={hessian!r} is fed by"
+            )
+            warnings.warn(
+                f"PerturbedOPT has trained {noise.steps} steps as the bare optimizer does, without noise, since no "
+                f"curvature is known: {advice}",
+                stacklevel=5,
+            )
 
     # -- curvature and noise -----------------------------------------------------------------------------------------
 
@@ -305,7 +342,7 @@ class PerturbedOPT(Perturbing):
         self._refuse_unless_at_rest("update_curvature()")
         if not self._estimate_is_due() or not any(map(can_move, groups)):
             return False
-        statistics = None if self._batch_norm is None else BatchNormBuffers(self._batch_norm.model)
+        statistics = None if self._buffers is None else ModelBuffers(self._buffers.model)
         if statistics is not None:
             statistics.save()
         try:
@@ -372,7 +409,7 @@ class PerturbedOPT(Perturbing):
 
     def _pack(self) -> dict[str, Any]:
         self._refuse_what_is_not_finite(wait=True)
-        return Checkpoint(super()._pack(), self._set, self._params())
+        return Checkpoint.of(super()._pack(), self._set, self._params())
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         base, noise = split(state_dict)
@@ -384,21 +421,22 @@ class PerturbedOPT(Perturbing):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The base's ``add_param_group()``; the group may have its own ``popt_gamma``, ``popt_eps``, ``popt_scale``.
         Its first step is without noise."""
-        if isinstance(param_group, dict):
-            for key in self._group_defaults:
-                check_size(key, param_group.get(key, 0.0))
         super().add_param_group(param_group)
 
 
-def _check_groups(groups: Sequence[dict[str, Any]], keys: dict[str, Any]) -> None:
-    for index, group in enumerate(groups):
-        for key in keys:
-            check_size(f"param_groups[{index}]['{key}']", group.get(key, 0.0))
-
-
-def _mean(losses: list[Any]) -> Any:
-    if any(loss is None for loss in losses):
-        return None
-    if all(isinstance(loss, Tensor) for loss in losses):
-        return torch.stack([loss.detach() for loss in losses]).mean()
-    return sum(losses) / len(losses)
+def _mean(values: list[Any]) -> Any:
+    """The mean of what a closure returned: of numbers and tensors, and of each in a tuple, list or mapping. What has no
+    mean, such as a string or tensors of different shapes, is that of the first draw."""
+    first = values[0]
+    if all(isinstance(value, Tensor) and value.shape == first.shape for value in values):
+        mean: Tensor = torch.stack([value.detach() for value in values])
+        return mean.mean(0) if mean.is_floating_point() or mean.is_complex() else first
+    if all(isinstance(value, float | int) and not isinstance(value, bool) for value in values):
+        return sum(values) / len(values)
+    if isinstance(first, Mapping) and all(
+        isinstance(value, Mapping) and value.keys() == first.keys() for value in values
+    ):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if type(first) in (tuple, list) and all(type(v) is type(first) and len(v) == len(first) for v in values):
+        return type(first)(_mean(list(column)) for column in zip(*values, strict=True))
+    return first

@@ -1,5 +1,6 @@
 """Sharpness-aware minimization and its relatives: one file for each."""
 
+from .gsam import GSAM
 from .sam import SAM
 
-__all__ = ["SAM"]
+__all__ = ["GSAM", "SAM"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,13 +18,11 @@ from .._buckets import Bucket, PerturbedSet, name_of, trained, with_gradient
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["AscentSet", "can_move"]
+__all__ = ["AscentSet"]
 
 
-def can_move(group: dict[str, Any]) -> bool:
-    """Whether the group's radius perturbs. A tensor counts: only the device knows its value."""
-    rho = group["sam_rho"]
-    return isinstance(rho, Tensor) or rho != 0.0
+#: ``direction(params, grads)`` of the parameters of one group on one device.
+Direction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 class Moving(NamedTuple):
@@ -57,13 +55,24 @@ class AscentSet(PerturbedSet[Bucket]):
     def new_bucket(self, group: int, params: list[Tensor], shards: tuple[ProcessGroup, ...] | None) -> Bucket:
         return Bucket(group, params, shards)
 
-    def ascend(self, groups: Sequence[dict[str, Any]], key: tuple[int, int] | None) -> bool:
+    def ascend(
+        self,
+        groups: Sequence[dict[str, Any]],
+        radii: Sequence[float | Tensor],
+        direction: Direction,
+        key: tuple[int, int] | None,
+    ) -> bool:
         """Move every parameter that has a gradient and a radius to ``w + e``. False if there is none.
 
-        ``key`` is (seed, number of the ascent) for stochastic rounding. Nothing is written before every gradient of
-        every bucket has been checked and its norm taken.
+        Nothing is written before every gradient of every bucket has been checked and its norm taken.
+
+        Args:
+            groups: the base's.
+            radii: one of each group.
+            direction: what the ascent follows.
+            key: (seed, number of the ascent), for stochastic rounding.
         """
-        moving = list(self._gather(groups))
+        moving = list(self._gather(groups, radii, direction))
         self.buckets, self.perturbed = [m.bucket for m in moving], True
         try:
             in_one_call = self._is_whole(moving)
@@ -71,7 +80,7 @@ class AscentSet(PerturbedSet[Bucket]):
                 self.norm = self._norm(moving, groups)
             share = self._share(moving) if self.q == math.inf else None
             for position, m in enumerate(moving):
-                self._move(m, groups[m.bucket.group]["sam_rho"], share, key, position, in_one_call)
+                self._move(m, radii[m.bucket.group], share, key, position, in_one_call)
         except BaseException as error:
             self.restore()
             if isinstance(error, RuntimeError):
@@ -83,17 +92,20 @@ class AscentSet(PerturbedSet[Bucket]):
         """Whether one list in this process is all that the norm spans, so that norm and ascent are one call."""
         return len(moving) == 1 and moving[0].bucket.shards is None and not self.sync and self.q != math.inf
 
-    def _gather(self, groups: Sequence[dict[str, Any]]) -> Iterator[Moving]:
-        for index, group in enumerate(groups):
-            check_radius(group["sam_rho"], f"param_groups[{index}]['sam_rho']")
-            if not can_move(group):
+    def _gather(
+        self, groups: Sequence[dict[str, Any]], radii: Sequence[float | Tensor], direction: Direction
+    ) -> Iterator[Moving]:
+        for index, (group, rho) in enumerate(zip(groups, radii, strict=True)):
+            check_radius(f"param_groups[{index}]['sam_rho']", rho)
+            if not isinstance(rho, Tensor) and rho == 0.0:
                 continue
             options = {"adaptive": group["sam_adaptive"], "eta": group["sam_eta"]}
             ops.scaling_code(options["adaptive"])
             params, grads = trained(*with_gradient(group["params"]))  # frozen after a backward pass
             for bucket in self.buckets_of(index, params):
                 whole = bucket.shards is None and len(bucket.params) == len(params)
-                yield Moving(bucket, bucket.local(), grads if whole else bucket.local_grads(), options)
+                own = grads if whole else bucket.local_grads()
+                yield Moving(bucket, bucket.local(), list(direction(bucket.local(), own)), options)
 
     def _norm(self, moving: Sequence[Moving], groups: Sequence[dict[str, Any]]) -> Tensor:
         partial = []

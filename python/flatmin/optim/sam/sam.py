@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_int, check_radius
-from .._arguments import build_base, check_model, check_sam_groups, check_sam_options
-from .._batchnorm import BatchNormBuffers
-from .._perturbing import Perturbing, accumulate
-from .._rng_replay import RandomReplay
-from .._wrapper import Closure, GradScaler
-from ._ascent import AscentSet, can_move
+from ..._checks import check_radius, check_size
+from .._arguments import build_base, share_arguments
+from .._two_pass import TwoPass
+from ._ascent import AscentSet
+from ._options import check_options, check_scaling, refuse_plain_rho
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SAM"]
 
 
-class SAM(Perturbing):
+class SAM(TwoPass):
     """Wraps an optimizer so that it steps with the gradient at the worst point within a radius of the weights.
 
     Five lines turn a training loop into SAM::
@@ -70,7 +65,10 @@ class SAM(Perturbing):
         eta: offset of ASAM's scaling, >= 0. Per group: ``sam_eta``.
         eps: added to the norm, >= 0.
         p: norm of the radius, 1 to inf. It spans every perturbed parameter, whatever its group or device.
-        model: module whose BatchNorm statistics should count the first pass only.
+        model: module whose buffers should count the first pass only: BatchNorm's statistics, spectral norm's vectors,
+            the ranges of quantization's observers. What the second pass writes to a buffer is undone.
+        exempt_buffers: names or patterns (``"*.calls"``), as in ``model.named_buffers()``, of buffers that both passes
+            may write to.
         same_rng: give the second forward of ``model`` the random numbers of the first, so that dropout drops the
             same units.
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters, most of which do not move under
@@ -81,7 +79,8 @@ class SAM(Perturbing):
             which plain parameters are sharded, to reduce the norm over it.
         interval: perturb at every ``interval``-th step only, >= 1.
         start: index of the first step that perturbs, >= 0. Steps are counted in the groups as ``sam_step``.
-        base_kwargs: arguments of ``base``.
+        base_kwargs: arguments of ``base``. A name that both have is the base's: ``SAM(params, AdamW, eps=1e-4)`` gives
+            it to AdamW, and ``sam_eps=`` is SAM's. ``rho`` with Adadelta, which has one too, must be ``sam_rho=``.
 
     Attributes:
         base: the wrapped optimizer.
@@ -91,7 +90,11 @@ class SAM(Perturbing):
     """
 
     _set: AscentSet
-    _advice = "Compute the gradient again within `with opt.perturb():` before opt.step(), or call opt.step(closure)"
+    group_checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        "sam_rho": check_radius,
+        "sam_adaptive": check_scaling,
+        "sam_eta": check_size,
+    }
 
     def __init__(
         self,
@@ -104,6 +107,7 @@ class SAM(Perturbing):
         eps: float = 1e-12,
         p: float = 2.0,
         model: nn.Module | None = None,
+        exempt_buffers: Sequence[str] = (),
         same_rng: bool = False,
         rounding: str = "nearest",
         sync: str | ProcessGroup = "local",
@@ -112,186 +116,62 @@ class SAM(Perturbing):
         base_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        check_sam_options(rho, adaptive, eta, eps, p, rounding, sync, interval, start)
-        check_model(model, same_rng)
         if base is not None and base_optimizer is not None:
             raise TypeError("base and base_optimizer: both given, but they are two names of one argument")
-        optimizer = build_base("SAM", optimizer_or_params, base or base_optimizer, base_kwargs)
-        check_sam_groups(optimizer)
-        group_defaults = {
-            "sam_rho": rho,
-            "sam_adaptive": True if adaptive == "asam" else adaptive,
-            "sam_eta": eta,
-            "sam_step": 0,
-        }
-        if rounding == "stochastic":
+        base = base or base_optimizer
+        passes: dict[str, Any] = {"model": model, "exempt_buffers": exempt_buffers, "same_rng": same_rng}
+        passes |= {"interval": interval, "start": start}
+        own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps, "p": p, "rounding": rounding}
+        own |= {"sync": sync} | passes
+        share_arguments(SAM.__init__, "sam_", own, base, base_kwargs)
+        check_options(**own)
+        optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
+        refuse_plain_rho(optimizer)
+        scaling = True if own["adaptive"] == "asam" else own["adaptive"]
+        group_defaults = {"sam_rho": own["rho"], "sam_adaptive": scaling, "sam_eta": own["eta"]}
+        if own["rounding"] == "stochastic":
             group_defaults |= {"sam_seed": torch.initial_seed(), "sam_ascents": 0}
-        batch_norm = BatchNormBuffers(model) if model is not None else None
-        super().__init__(optimizer, group_defaults, AscentSet(p, eps, sync), batch_norm)
-        self._interval, self._start = interval, start
-        self._replay = RandomReplay(model) if model is not None and same_rng else None
-
-    # -- the two passes --------------------------------------------------------------------------------------------
-
-    @property
-    def active(self) -> bool:
-        """Whether an ascent would move anything at this step: some radius is not 0, and ``start`` and ``interval``
-        allow it. While False, a loop can skip its second pass: ``if opt.active: with opt.perturb(): ...``"""
-        groups = self._groups()
-        steps = groups[0]["sam_step"] - self._start
-        return steps >= 0 and steps % self._interval == 0 and any(map(can_move, groups))
+        ascent = AscentSet(own["p"], own["eps"], own["sync"])
+        super().__init__(optimizer, group_defaults, ascent, **{name: own[name] for name in passes})
 
     @property
     def last_norm(self) -> Tensor | None:
         """Norm of the gradient at the last ascent: a 0-dim tensor, read without synchronisation; None before."""
         return self._set.norm
 
-    @contextlib.contextmanager
-    def perturb(self) -> Iterator[None]:
-        """Context for the second pass: weights at ``w + e`` and no gradients on entry, ``w`` on exit, always.
+    # -- what a relative of SAM may say otherwise -----------------------------------------------------------------
 
-        Where SAM is not :attr:`active`, the weights stay at ``w``; gradients are cleared all the same, so that an
-        unchanged loop computes the gradient once more rather than twice its value.
-
-        Raises:
-            RuntimeError: the weights are perturbed already, or a gradient is sparse.
-        """
-        self.ascend()
-        try:
-            self._clear_grads()
-            yield
-        finally:
-            self.restore()
-
-    def ascend(self) -> None:
-        """Move the weights from ``w`` to ``w + e`` by the gradients that they hold. :meth:`perturb` is safer."""
-        self._refuse_unless_at_rest("ascend()")
-        if not self.active:
-            return
-        if self._batch_norm is not None:
-            self._batch_norm.save()
-        self._watch.ascended = self._set.ascend(self._groups(), self._next_key())
-        self._start_pass()
-        if self._replay is not None:
-            self._replay.start_second_pass()
-
-    def _end_pass(self) -> None:
-        super()._end_pass()
-        if self._replay is not None:
-            self._replay.reset()
-
-    def step(self, closure: Closure | None = None) -> Any:
-        """Restore the weights if they are perturbed and take the base's step.
+    def direction(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the ascent follows, for parameters of one group on one device: here their gradients.
 
         Args:
-            closure: clears the gradients, computes them and returns the loss. It is called once at ``w`` and, where
-                SAM is :attr:`active`, once more at ``w + e``. If the second call raises, the weights are restored.
+            params: those that are about to move; of DTensors the local shards.
+            grads: their gradients, not to be changed.
 
         Returns:
-            What ``closure`` returned at ``w``: the clean loss. None without closure.
+            Tensors like ``grads``. The radius is measured on them.
         """
-        if closure is None:
-            self._base_step()
-            return None
-        self._refuse_unless_at_rest("step(closure)")
-        with torch.enable_grad():
-            loss = closure()
-            if self.active:
-                self._run_perturbed(closure, clear_grads=True)
-        self._base_step()
-        return loss
+        return grads
 
-    def first_step(self, zero_grad: bool = False) -> None:
-        """:meth:`ascend`, for loops written with ``first_step`` and ``second_step``."""
-        self.ascend()
-        if zero_grad:
-            self._clear_grads()
+    def radius(self, group: dict[str, Any]) -> float | Tensor:
+        """The radius of a group at this step."""
+        rho: float | Tensor = group["sam_rho"]
+        return rho
 
-    def second_step(self, zero_grad: bool = False) -> None:
-        """:meth:`step`, for loops written with ``first_step`` and ``second_step``."""
-        self.step()
-        if zero_grad:
-            self._clear_grads()
+    # -- what TwoPass asks ----------------------------------------------------------------------------------------
 
-    def backward(
-        self,
-        closure: Callable[..., Tensor],
-        *,
-        m: int | None = None,
-        scaler: GradScaler | None = None,
-        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
-    ) -> Tensor:
-        """Add a SAM gradient to what ``.grad`` holds: for gradient accumulation and m-sharpness.
+    def _can_move(self, group: dict[str, Any]) -> bool:
+        """A tensor counts: only the device knows its value."""
+        rho = self.radius(group)
+        return isinstance(rho, Tensor) or rho != 0.0
 
-        For one perturbation per step instead, accumulate as usual and repeat all micro-batches in :meth:`perturb`.
-
-        Args:
-            closure: returns the loss, without ``backward()``. Called twice.
-            m: number of micro-batches. ``closure(i)`` is then the loss of the i-th, each gets its own perturbation,
-                and the mean of their SAM gradients is added.
-            scaler: :class:`torch.amp.GradScaler` to scale the loss with.
-            no_sync: ``ddp.no_sync``. One perturbation per rank: the first forward and backward are not reduced.
-
-        Returns:
-            Mean clean loss, detached.
-
-        Raises:
-            RuntimeError: the weights are perturbed already. After any exception, ``.grad`` and the weights are as
-                they were.
-        """
-        self._refuse_unless_at_rest("backward()")
-        check_int("m", 1 if m is None else m, 1)
-        calls = [closure] if m is None else [functools.partial(closure, i) for i in range(m)]
-        held, added = self._take_grads(), dict[Tensor, Tensor]()
-        losses = []
-        try:
-            for call in calls:
-                losses.append(self._sam_gradient(call, 1.0 / len(calls), scaler, no_sync))
-                accumulate(added, self._take_grads())
-            accumulate(held, added)
-        finally:
-            self._put_grads(held)
-        return torch.stack(losses).mean()
-
-    @torch.enable_grad()
-    def _sam_gradient(
-        self,
-        closure: Callable[[], Tensor],
-        weight: float,
-        scaler: GradScaler | None,
-        no_sync: Callable[[], AbstractContextManager[Any]] | None,
-    ) -> Tensor:
-        """``.grad`` becomes ``weight`` times the SAM gradient of the closure's loss, which is returned."""
-
-        def run(factor: float) -> Tensor:
-            loss = closure()
-            scaled = loss if scaler is None else scaler.scale(loss)
-            (scaled * factor).backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-
-        if not self.active:
-            return run(weight)
-        with no_sync() if no_sync is not None else contextlib.nullcontext():
-            loss = run(1.0)  # the length of this gradient does not matter
-        self._run_perturbed(functools.partial(run, weight), clear_grads=True)
-        self.restore()
-        return loss
-
-    def _take_step(self, counts: bool) -> None:
-        if not self._fused_step(self._set.buckets):
-            self.restore()
-            self.base.step()
-        if self._replay is not None:
-            self._replay.reset()
-
-    def _count_step(self) -> None:
-        step = self._groups()[0]["sam_step"] + 1
-        for group in self._groups():
-            group["sam_step"] = step
-
-    # -- groups ----------------------------------------------------------------------------------------------------
+    def _move(self) -> bool:
+        refuse_plain_rho(self.base)
+        groups = self._groups()
+        return self._set.ascend(groups, list(map(self.radius, groups)), self.direction, self._next_key())
 
     def _next_key(self) -> tuple[int, int] | None:
+        """Seed and number of the ascent, for stochastic rounding."""
         groups = self._groups()
         if "sam_seed" not in self._group_defaults:
             return None
@@ -303,10 +183,3 @@ class SAM(Perturbing):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base's ``load_state_dict()``. Keys that the checkpoint of a bare optimizer lacks keep their defaults."""
         super().load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The base's ``add_param_group()``; the group may have its own ``sam_rho``."""
-        if isinstance(param_group, dict):
-            check_radius(param_group.get("sam_rho", 0.0), "sam_rho")
-            param_group.setdefault("sam_step", self._groups()[0]["sam_step"])
-        super().add_param_group(param_group)

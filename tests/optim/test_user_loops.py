@@ -1,0 +1,475 @@
+"""Loops of users that went wrong, most of them in silence: each with the weights or the error that is right."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flatmin import SAM, PerturbedOPT
+from models import (
+    backward,
+    batches,
+    closure_of,
+    distance,
+    loss_of,
+    same_bits,
+    sgd,
+    small_net,
+    step_closure,
+    step_context,
+    step_davda54,
+    step_halves,
+    weights,
+)
+
+WAYS = [step_context, step_closure, step_davda54, step_halves]
+
+
+def plain_sam(count: int, rho: float = 0.1) -> list[Tensor]:
+    """Weights after ``count`` steps of the README's loop."""
+    net = small_net()
+    opt = SAM(sgd(net.parameters()), rho=rho)
+    for batch in batches(count):
+        step_context(net, opt, batch)
+    return weights(net)
+
+
+# ---- how gradients are cleared between the passes ----
+
+
+class PerSample(torch.optim.SGD):
+    """As the optimizers of opacus: what backward hooks collect counts, and ``zero_grad`` alone clears it."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.collected: dict[Tensor, Tensor] = {}
+        for p in self.param_groups[0]["params"]:
+            p.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, p: Tensor) -> None:
+        assert p.grad is not None
+        self.collected[p] = self.collected.get(p, 0) + p.grad.clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.collected.clear()
+
+    def step(self, closure: Any = None) -> None:
+        for p, grad in self.collected.items():
+            p.grad = grad
+        super().step()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_gradients_are_cleared_by_the_base(way: Callable[..., None]) -> None:
+    net = small_net()
+    opt = SAM(PerSample(net.parameters(), lr=0.1), rho=0.1)
+    for batch in batches(3):
+        if way is step_davda54:
+            opt.zero_grad()
+        way(net, opt, batch)
+    assert distance(weights(net), plain_sam(3)) < 1e-7
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["zero_grad(False)", "by hand"])
+def test_views_of_a_flat_buffer_stay_the_gradients(says_so: bool) -> None:
+    """A loop that keeps its gradients in one buffer and scales that: the tensors are filled, not replaced."""
+    net = small_net()
+    params = list(net.parameters())
+    flat = torch.zeros(sum(p.numel() for p in params))
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.view_as(p)
+    opt, twin = SAM(sgd(params), rho=0.1), small_net()
+    other = SAM(sgd(twin.parameters()), rho=0.1)
+    for batch in batches(5):
+        if says_so:
+            opt.zero_grad(set_to_none=False)
+        else:
+            flat.zero_()
+        backward(net, batch)
+        with opt.perturb():
+            backward(net, batch)
+        flat.mul_(0.5)
+        opt.step()
+        other.zero_grad()
+        backward(twin, batch)
+        with other.perturb():
+            backward(twin, batch)
+        for p in twin.parameters():
+            assert p.grad is not None
+            p.grad.mul_(0.5)
+        other.step()
+    assert same_bits(weights(net), weights(twin))
+
+
+# ---- names that both have ----
+
+
+def test_the_base_gets_what_its_signature_names() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    opt = SAM(params, torch.optim.AdamW, lr=1e-3, eps=1e-4)
+    assert opt.base.defaults["eps"] == 1e-4
+    assert opt._set.eps == 1e-12
+    opt = SAM(params, torch.optim.AdamW, lr=1e-3, eps=1e-4, sam_eps=1e-3, sam_rho=0.7)
+    assert (opt.base.defaults["eps"], opt._set.eps, opt.param_groups[0]["sam_rho"]) == (1e-4, 1e-3, 0.7)
+    assert SAM(params, torch.optim.SGD, lr=0.1, eps=1e-3)._set.eps == 1e-3  # SGD has none
+    noise = PerturbedOPT(params, torch.optim.AdamW, lr=1e-3, eps=1e-4, popt_eps=0.5)
+    assert (noise.base.defaults["eps"], noise.param_groups[0]["popt_eps"]) == (1e-4, 0.5)
+
+
+def test_an_equal_value_is_given_all_the_same() -> None:
+    opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.AdamW, lr=1e-3, eps=float("1e-12"))
+    assert opt.base.defaults["eps"] == 1e-12
+
+
+def test_whose_radius_is_meant_has_to_be_said() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match="rho: both the wrapper and Adadelta have one; give sam_rho="):
+        SAM(params, torch.optim.Adadelta, rho=0.5)
+    opt = SAM(params, torch.optim.Adadelta, rho=0.5, sam_rho=0.01)
+    assert (opt.base.defaults["rho"], opt.param_groups[0]["sam_rho"]) == (0.5, 0.01)
+    assert SAM(params, torch.optim.Adadelta, sam_rho=0.02).param_groups[0]["sam_rho"] == 0.02
+    with pytest.raises(TypeError, match="rho: given twice, as rho and as sam_rho"):
+        SAM(params, torch.optim.SGD, lr=0.1, rho=0.5, sam_rho=0.5)
+
+
+def test_a_dead_key_of_a_live_optimizer_is_refused() -> None:
+    net, batch = small_net(), batches(1)[0]
+    opt = SAM(sgd(net.parameters()), rho=0.1)
+    opt.param_groups[0]["rho"] = 0.5  # as a trainer's set_params does
+    backward(net, batch)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['rho'\]: nobody would read it"):
+        opt.ascend()
+
+
+# ---- what a second pass must not leave in the model ----
+
+
+def norm_net() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("options", [{"rho": 0.0}, {"start": 100}, {"interval": 3}, {"rho": 0.1}], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_statistics_count_one_pass_of_every_step(options: dict[str, Any], way: Callable[..., None]) -> None:
+    net = norm_net()
+    opt = SAM(sgd(net.parameters()), model=net, **({"rho": 0.1} | options))
+    for batch in batches(6):
+        way(net, opt, batch)
+    assert int(net[2].num_batches_tracked) == 6
+
+
+class Observer(nn.Module):
+    """Widens a range as those of quantization: a buffer in place, one by replacing it, one not in checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(math.inf))
+        self.register_buffer("high", torch.tensor(-math.inf))
+        self.register_buffer("calls", torch.tensor(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.low.copy_(torch.minimum(self.low, x.detach().min()))
+        self.high = torch.maximum(self.high, x.detach().max())
+        self.calls += 1
+        return x
+
+
+def test_every_buffer_that_the_second_pass_writes_is_put_back() -> None:
+    results = []
+    for rho in (0.0, 5.0):
+        torch.manual_seed(0)
+        spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(36, 8))
+        net = nn.Sequential(nn.Flatten(), spectral, Observer(), nn.Linear(8, 3))
+        opt = SAM(sgd(net.parameters()), rho=rho, model=net)
+        (batch,) = batches(1)
+        step_context(net, opt, batch)
+        results.append([b.clone() for b in net.buffers()])
+        assert int(net[2].calls) == 1
+    assert same_bits(*results)
+
+
+def test_exempt_buffers_are_left_to_both_passes() -> None:
+    net = nn.Sequential(nn.Flatten(), Observer(), nn.Linear(36, 3))
+    opt = SAM(sgd(net.parameters()), rho=5.0, model=net, exempt_buffers=["*.calls"])
+    step_context(net, opt, batches(1)[0])
+    assert int(net[1].calls) == 2
+    with pytest.raises(TypeError, match="exempt_buffers: 'calls' given; give a list"):
+        SAM(sgd(net.parameters()), model=net, exempt_buffers="calls")
+
+
+def test_a_graph_that_holds_an_untouched_buffer_survives_the_pass() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.BatchNorm1d(3).eval())
+    opt, (batch,) = SAM(sgd(net.parameters()), rho=0.1, model=net), batches(1)
+    backward(net, batch)
+    x = torch.ones(3, requires_grad=True)
+    held = (x * net[2].running_var).sum()
+    with opt.perturb():
+        backward(net, batch)
+    held.backward()
+    assert x.grad is not None
+
+
+def test_same_rng_says_when_it_saw_no_first_pass() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(36, 3))
+    opt = SAM(sgd(net.parameters()), rho=0.1, model=net, same_rng=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in batches(3):
+            opt.zero_grad()
+            nn.functional.cross_entropy(net[2](net[1](net[0](x))), y).backward()
+            with opt.perturb():
+                nn.functional.cross_entropy(net[2](net[1](net[0](x))), y).backward()
+            opt.step()
+    assert [str(w.message)[:62] for w in caught] == [
+        "same_rng: the first pass did not call the module given as model="[:62]
+    ]
+
+
+# ---- what goes wrong after the passes ----
+
+
+@pytest.mark.parametrize("result", [lambda x: (x, 1.0), lambda x: {"loss": x, "n": 2, "name": "a"}, lambda x: [x, x]])
+def test_draws_average_whatever_a_closure_returns(result: Callable[[Tensor], Any]) -> None:
+    net, data = small_net(), batches(3)
+    opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2)
+    for batch in data:
+        before = weights(net)
+        seen: list[Tensor] = []
+
+        def closure(batch: Any = batch, seen: list[Tensor] = seen) -> Any:
+            opt.zero_grad()
+            seen.append(backward(net, batch).detach())
+            return result(seen[-1])
+
+        found = opt.step(closure)
+        mean = torch.stack(seen).mean(0)
+        expected = result(mean)
+        assert type(found) is type(expected)
+        flat, wanted = (list(x.values()) if isinstance(x, dict) else list(x) for x in (found, expected))
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(flat, wanted, strict=True))
+        assert not opt._set.perturbed
+        assert distance(before, weights(net)) < 1.0
+
+
+@pytest.mark.parametrize("place", ["accumulate", "_mean"])
+def test_weights_come_back_when_the_averaging_fails(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatmin.optim.perturbed_opt import perturbed_opt
+
+    def fails(*args: Any) -> None:
+        raise MemoryError
+
+    net, (batch,) = small_net(), batches(1)
+    opt, before = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2), weights(net)
+    monkeypatch.setattr(perturbed_opt, place, fails)
+    with pytest.raises(MemoryError):
+        opt.step(closure_of(net, opt, batch))
+    assert same_bits(weights(net), before)
+    assert not opt._set.perturbed
+
+
+def test_weights_come_back_when_the_base_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cls, options in ((SAM, {"rho": 0.1}), (PerturbedOPT, {"sizing": "isotropic", "scale": 0.1})):
+        net, (batch,) = small_net(), batches(1)
+        opt, before = cls(torch.optim.RMSprop(net.parameters()), **options), weights(net)  # type: ignore[arg-type]
+        monkeypatch.setattr(opt.base, "step", lambda *a: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            opt.step(closure_of(net, opt, batch))
+        assert same_bits(weights(net), before)
+
+
+# ---- closures of trainers ----
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_an_empty_closure_is_none(draws: int) -> None:
+    """Lightning's manual optimization passes a closure that does nothing to every step."""
+    nets = [small_net(), small_net()]
+    for net, arguments in zip(nets, [(), (lambda: None,)], strict=True):
+        opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=draws, generator=seeded())
+        for batch in batches(3):
+            opt.zero_grad()
+            with opt.perturb():
+                backward(net, batch)
+            opt.step(*arguments)
+    assert same_bits(weights(nets[0]), weights(nets[1]))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.mark.parametrize("closure", [lambda: None, lambda: torch.tensor(1.0)])
+def test_an_empty_closure_after_the_context_is_sams_step(closure: Callable[[], Any]) -> None:
+    net = small_net()
+    opt = SAM(sgd(net.parameters()), rho=0.1)
+    for batch in batches(3):
+        opt.zero_grad()
+        backward(net, batch)
+        with opt.perturb():
+            backward(net, batch)
+        opt.step(closure)
+    assert same_bits(weights(net), plain_sam(3))
+
+
+def test_a_closure_that_adds_to_earlier_micro_batches_is_refused() -> None:
+    net, data = small_net(), batches(2)
+    opt, before = SAM(sgd(net.parameters()), rho=0.1), weights(net)
+    backward(net, data[0])
+    with pytest.raises(RuntimeError, match="added its gradient to one that was there"):
+        opt.step(lambda: backward(net, data[1]))
+    assert same_bits(weights(net), before)
+    noise = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2)
+    with pytest.raises(RuntimeError, match="added its gradient to one that was there"):
+        noise.step(lambda: backward(net, data[1]))
+    assert same_bits(weights(net), before)
+
+
+@pytest.mark.parametrize("outside", ["None", "zeros"])
+def test_a_closure_may_leave_the_clearing_to_the_loop(outside: str) -> None:
+    net = small_net()
+    opt = SAM(sgd(net.parameters()), rho=0.1)
+    for batch in batches(3):
+        opt.zero_grad(set_to_none=outside == "None")
+        opt.step(lambda batch=batch: backward(net, batch))
+    assert same_bits(weights(net), plain_sam(3))
+
+
+@pytest.mark.parametrize("clear", ["opt", "module to zeros", "by hand"])
+def test_a_closure_may_clear_in_any_way(clear: str) -> None:
+    net = small_net()
+    opt = SAM(sgd(net.parameters()), rho=0.1)
+    for batch in batches(3):
+
+        def closure(batch: Any = batch) -> Tensor:
+            if clear == "opt":
+                opt.zero_grad(set_to_none=False)
+            elif clear == "module to zeros":
+                net.zero_grad(set_to_none=False)
+            else:
+                for p in net.parameters():
+                    p.grad = None
+            return backward(net, batch)
+
+        opt.step(closure)
+    assert same_bits(weights(net), plain_sam(3))
+
+
+# ---- methods of the base, mixed precision, estimators ----
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers: other weights for evaluation."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.1)
+        self.mode = "train"
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+@pytest.mark.parametrize("wrap", [SAM, PerturbedOPT])
+def test_what_only_the_base_has_is_reached(wrap: Callable[..., Any]) -> None:
+    opt = wrap(Averaging([nn.Parameter(torch.ones(2))]))
+    assert hasattr(opt, "train")
+    opt.eval()
+    assert opt.base.mode == opt.mode == "eval"
+    with pytest.raises(AttributeError, match="nor its base 'Averaging' has an attribute 'swap'"):
+        _ = opt.swap
+    with pytest.raises(AttributeError):
+        _ = opt._private
+
+
+def scaled_step(order: str, scaler: Any, net: nn.Module, opt: Any, batch: Any, clip: bool = False) -> None:
+    """A step with a GradScaler that unscales before the second pass, after it, or nowhere."""
+    opt.zero_grad()
+    scaler.scale(loss_of(net, batch)).backward()
+    if order == "before":
+        scaler.unscale_(opt)
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    with opt.perturb():
+        scaler.scale(loss_of(net, batch)).backward()
+    if order == "after":
+        scaler.unscale_(opt)
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), 1e3)
+    scaler.step(opt)
+    scaler.update()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_unscaling_before_the_second_pass_is_refused(clip: bool) -> None:
+    net, (batch,) = small_net(), batches(1)
+    opt, before = SAM(sgd(net.parameters()), rho=0.1), weights(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    with pytest.raises(RuntimeError, match=r"scaler.unscale_\(\) ran before the perturbed pass and not after it"):
+        scaled_step("before", scaler, net, opt, batch, clip)
+    assert same_bits(weights(net), before)
+
+
+@pytest.mark.parametrize("order", ["after", "nowhere"])
+def test_the_other_orders_are_sams_step(order: str) -> None:
+    net = small_net()
+    opt, scaler = SAM(sgd(net.parameters()), rho=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for batch in batches(3):
+        scaled_step(order, scaler, net, opt, batch, clip=True)
+    assert distance(weights(net), plain_sam(3)) < 1e-6
+
+
+def test_an_unscaled_second_loss_steps_without_the_scaler() -> None:
+    net, (batch,) = small_net(), batches(1)
+    opt, scaler = SAM(sgd(net.parameters()), rho=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(loss_of(net, batch)).backward()
+    scaler.unscale_(opt)
+    with opt.perturb():
+        backward(net, batch)
+    opt.step()
+    assert distance(weights(net), plain_sam(1)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("hessian", "advice"),
+    [
+        ("gnb", "call opt.update_curvature"),
+        ("hutchinson", "call opt.update_curvature"),
+        (lambda params: [None] * len(params), "the function has returned None"),
+    ],
+)
+def test_an_estimator_that_is_never_fed_says_so_once(hessian: Any, advice: str) -> None:
+    net = small_net()
+    opt = PerturbedOPT(sgd(net.parameters()), hessian=hessian)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches(5):
+            opt.step(closure_of(net, opt, batch))
+    (warning,) = [w for w in caught if "without noise" in str(w.message)]
+    assert advice in str(warning.message)
+
+
+def test_a_checkpoint_can_be_made_from_a_mapping() -> None:
+    """Accelerate rebuilds every state dict as ``type(state)({...})``."""
+    net, twin, data = small_net(), small_net(), batches(3)
+    opt = PerturbedOPT(sgd(net.parameters(), momentum=0.9))
+    for batch in data:
+        opt.step(closure_of(net, opt, batch))
+    state = opt.state_dict()
+    rebuilt = type(state)({key: copy.deepcopy(state[key]) for key in state})
+    other = PerturbedOPT(sgd(twin.parameters(), momentum=0.9))
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(rebuilt)
+    for batch in data:
+        opt.step(closure_of(net, opt, batch))
+        other.step(closure_of(twin, other, batch))
+    assert same_bits(weights(net), weights(twin))
