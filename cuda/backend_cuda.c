@@ -14,6 +14,13 @@ static const char *launch(fm_operator op, fm_update update, const fm_list *list,
   }
 }
 
+/* The same for label noise, on the device of the arguments. */
+typedef const char *fm_sample_launch(const void *job, void *stream);
+
+static const char *launch_labels(const void *job, void *stream) { return fm_cuda_corrupt_labels(job, stream); }
+
+static const char *launch_draws(const void *job, void *stream) { return fm_cuda_draw_samples(job, stream); }
+
 #ifdef FM_EMULATE
 
 /* Under the emulator tensors lie on the CPU and there is no stream. The operators get a namespace of their own beside
@@ -24,23 +31,45 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
   return error == NULL || fm_fail(args, "CUDA emulator: %s", error);
 }
 
+static bool run_samples(fm_args *args, fm_sample_launch *launch_fn, const void *job) {
+  const char *error = launch_fn(job, NULL);
+  return error == NULL || fm_fail(args, "CUDA emulator: %s", error);
+}
+
 #define FM_DEVICE_KEYS {"CPU", "SparseCPU", "SparseCsrCPU"}
 #define FM_DEVICE_TYPE aoti_torch_device_type_cpu
 
 #else
 
+/* The current stream of the arguments' device, which is selected until the guard is deleted. */
+static bool select_device(fm_args *args, CUDAGuardHandle *guard, void **stream) {
+  if (aoti_torch_create_cuda_guard(args->device_index, guard)) {
+    return fm_fail(args, "flatmin: CUDA device %d could not be selected", (int)args->device_index);
+  }
+  if (aoti_torch_get_current_cuda_stream(args->device_index, stream)) {
+    aoti_torch_delete_cuda_guard(*guard);
+    return fm_fail(args, "flatmin: torch gave no current stream");
+  }
+  return true;
+}
+
+static bool leave_device(fm_args *args, CUDAGuardHandle guard, const char *error) {
+  aoti_torch_delete_cuda_guard(guard);
+  return error == NULL || fm_fail(args, "flatmin: CUDA launch failed: %s", error);
+}
+
 static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
                 const fm_scalars *scalars, double *result) {
   CUDAGuardHandle guard = NULL;
   void *stream = NULL;
-  if (aoti_torch_create_cuda_guard(args->device_index, &guard)) {
-    return fm_fail(args, "flatmin: CUDA device %d could not be selected", (int)args->device_index);
-  }
-  bool done = !aoti_torch_get_current_cuda_stream(args->device_index, &stream);
-  const char *error =
-      done ? launch(op, update, list, options, scalars, result, stream) : "torch gave no current stream";
-  aoti_torch_delete_cuda_guard(guard);
-  return error == NULL || fm_fail(args, "flatmin: CUDA launch failed: %s", error);
+  return select_device(args, &guard, &stream) &&
+         leave_device(args, guard, launch(op, update, list, options, scalars, result, stream));
+}
+
+static bool run_samples(fm_args *args, fm_sample_launch *launch_fn, const void *job) {
+  CUDAGuardHandle guard = NULL;
+  void *stream = NULL;
+  return select_device(args, &guard, &stream) && leave_device(args, guard, launch_fn(job, stream));
 }
 
 #define FM_DEVICE_KEYS {"CUDA", "SparseCUDA", "SparseCsrCUDA"}
@@ -64,6 +93,10 @@ __attribute__((constructor)) static void register_cuda_ready(void) {
 
 #endif
 
+static bool corrupt_labels(fm_args *args, const fm_label_job *job) { return run_samples(args, launch_labels, job); }
+
+static bool draw_samples(fm_args *args, const fm_draw_job *job) { return run_samples(args, launch_draws, job); }
+
 static int isa(void) { return 0; }
 
 const fm_backend fm_this_backend = {
@@ -76,4 +109,6 @@ const fm_backend fm_this_backend = {
     .isa = isa,
     .best_isa = isa,
     .run = run,
+    .corrupt_labels = corrupt_labels,
+    .draw_samples = draw_samples,
 };

@@ -2,6 +2,7 @@
 #ifndef FM_CUDA_H
 #define FM_CUDA_H
 
+#include "fm_label_ops.h"
 #include "fm_ops.h"
 
 #ifdef __cplusplus
@@ -27,6 +28,9 @@ const char *fm_cuda_pacgen(const fm_list *list, const fm_options *options, const
 const char *fm_cuda_row_norms(const fm_list *list, const fm_options *options, double *result, void *stream);
 const char *fm_cuda_update(fm_update update, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
                            double *result, void *stream);
+
+const char *fm_cuda_corrupt_labels(const fm_label_job *job, void *stream);
+const char *fm_cuda_draw_samples(const fm_draw_job *job, void *stream);
 
 /* Whether the driver is as new as the CUDA runtime in this library. */
 bool fm_cuda_ready(void);

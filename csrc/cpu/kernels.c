@@ -9,21 +9,10 @@
 
 #include <assert.h>
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
-#define FM_INLINE static inline __attribute__((always_inline))
-#define FM_OUTLINE __attribute__((noinline)) /* by its name tests/test_build.py finds it */
-
-/* Before a loop: its rounds do not depend on each other, whatever pointers may suggest. */
-#ifdef __clang__
-#define FM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FM_INDEPENDENT _Pragma("GCC ivdep")
-#endif
-
 #include "philox_simd.h"
+#include "vectorise.h"
+
+#define FM_OUTLINE __attribute__((noinline)) /* by its name tests/test_build.py finds it */
 
 enum { FM_CACHE_LINE = 64 };
 

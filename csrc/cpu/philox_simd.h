@@ -1,4 +1,4 @@
-/* Random numbers for a block of elements. Included by kernels.c.
+/* Random numbers for a block of elements. Included by kernels.c and labels.c.
  *
  * fm_philox written for vectors: gcc leaves the 32-bit multiplications of its ten rounds scalar. Words lie in 64-bit
  * lanes, since the vector multiplication takes the lower half of each and gives 64 bits; what XORs leave in the upper
@@ -6,6 +6,8 @@
  * elements from unpacking alone. */
 #ifndef FM_PHILOX_SIMD_H
 #define FM_PHILOX_SIMD_H
+
+#include "vectorise.h"
 
 enum { FM_ROUNDS = 10 };
 
@@ -68,37 +70,50 @@ FM_INLINE void open_stream(fm_stream *stream, const fm_options *o, uint32_t tens
 #endif
 }
 
+#ifdef __SSE2__
+/* ABREAST vectors of quads at a time: a round is a chain of four instructions, and with two of them the multipliers
+ * waited. */
+enum { WIDTH = sizeof(fm_vector) / sizeof(uint64_t), ABREAST = 4, TOGETHER = WIDTH * ABREAST };
+
+/* The words of the quads whose numbers the vectors hold. */
+FM_INLINE void random_vectors(const fm_stream *stream, const fm_vector quads[ABREAST], uint32_t *words) {
+  fm_vector c[ABREAST][4];
+  for (int k = 0; k < ABREAST; k++) {
+    c[k][0] = quads[k];
+    c[k][1] = FM_XOR(FM_UPPER(c[k][0]), FM_SET(stream->step >> 32 << 16));
+    c[k][2] = FM_SET(stream->tensor);
+    c[k][3] = FM_SET(stream->step & 0xffffffffu);
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < FM_ROUNDS; round++) {
+#pragma GCC unroll 4
+    for (int k = 0; k < ABREAST; k++) {
+      fm_vector *v = c[k];
+      const fm_vector m0 = FM_MULTIPLY(v[0], FM_SET(0xD2511F53u)), m1 = FM_MULTIPLY(v[2], FM_SET(0xCD9E8D57u));
+      v[0] = FM_XOR(FM_XOR(FM_UPPER(m1), v[1]), stream->keys[round][0]);
+      v[2] = FM_XOR(FM_XOR(FM_UPPER(m0), v[3]), stream->keys[round][1]);
+      v[1] = m1;
+      v[3] = m0;
+    }
+  }
+  for (int k = 0; k < ABREAST; k++) {
+    const fm_vector front = FM_PAIRS(c[k][0], c[k][1]), back = FM_PAIRS(c[k][2], c[k][3]);
+    FM_STORE(words + 4 * k * WIDTH, FM_EVEN(front, back));
+    FM_STORE(words + 4 * k * WIDTH + 2 * WIDTH, FM_ODD(front, back));
+  }
+}
+#endif
+
 /* The words of elements [at, at + FM_BLOCK) of a tensor; `at` is a multiple of 4. */
 static void random_block(const fm_stream *stream, int64_t at, uint32_t *words) {
   const uint64_t quad = (uint64_t)at / 4;
 #ifdef __SSE2__
-  /* ABREAST vectors at a time: a round is a chain of four instructions, and with two of them the multipliers waited. */
-  enum { WIDTH = sizeof(fm_vector) / sizeof(uint64_t), ABREAST = 4 };
-  for (int q = 0; q < FM_BLOCK / 4; q += ABREAST * WIDTH) {
-    fm_vector c[ABREAST][4];
+  for (int q = 0; q < FM_BLOCK / 4; q += TOGETHER) {
+    fm_vector quads[ABREAST];
     for (int k = 0; k < ABREAST; k++) {
-      c[k][0] = FM_ADD(FM_SET(quad + (uint64_t)(q + k * WIDTH)), FM_QUADS);
-      c[k][1] = FM_XOR(FM_UPPER(c[k][0]), FM_SET(stream->step >> 32 << 16));
-      c[k][2] = FM_SET(stream->tensor);
-      c[k][3] = FM_SET(stream->step & 0xffffffffu);
+      quads[k] = FM_ADD(FM_SET(quad + (uint64_t)(q + k * WIDTH)), FM_QUADS);
     }
-#pragma GCC unroll 10
-    for (int round = 0; round < FM_ROUNDS; round++) {
-#pragma GCC unroll 4
-      for (int k = 0; k < ABREAST; k++) {
-        fm_vector *v = c[k];
-        const fm_vector m0 = FM_MULTIPLY(v[0], FM_SET(0xD2511F53u)), m1 = FM_MULTIPLY(v[2], FM_SET(0xCD9E8D57u));
-        v[0] = FM_XOR(FM_XOR(FM_UPPER(m1), v[1]), stream->keys[round][0]);
-        v[2] = FM_XOR(FM_XOR(FM_UPPER(m0), v[3]), stream->keys[round][1]);
-        v[1] = m1;
-        v[3] = m0;
-      }
-    }
-    for (int k = 0; k < ABREAST; k++) {
-      const fm_vector front = FM_PAIRS(c[k][0], c[k][1]), back = FM_PAIRS(c[k][2], c[k][3]);
-      FM_STORE(words + 4 * (q + k * WIDTH), FM_EVEN(front, back));
-      FM_STORE(words + 4 * (q + k * WIDTH) + 2 * WIDTH, FM_ODD(front, back));
-    }
+    random_vectors(stream, quads, words + 4 * q);
   }
 #else
   for (int q = 0; q < FM_BLOCK / 4; q++) {

@@ -3,6 +3,7 @@
 #ifndef FM_BACKEND_H
 #define FM_BACKEND_H
 
+#include "fm_label_ops.h"
 #include "torch_args.h"
 
 /* What a backend is asked for: a reduction, or an update of the table in updates.h. */
@@ -21,6 +22,10 @@ typedef struct fm_backend {
    * `result` what it tallies, one number or (noise) three, and nothing if that is NULL. */
   bool (*run)(fm_args *args, fm_operator op, fm_update update, const fm_list *list, const fm_options *options,
               const fm_scalars *scalars, double *result);
+  /* Label noise. The host reads neither labels nor an index on a device, so only the CPU refuses what is out of range;
+   * elsewhere such a label stays as it is. */
+  bool (*corrupt_labels)(fm_args *args, const fm_label_job *job);
+  bool (*draw_samples)(fm_args *args, const fm_draw_job *job);
 } fm_backend;
 
 extern const fm_backend fm_this_backend;

@@ -46,6 +46,38 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
   return true;
 }
 
+/* The numbers of elements must fit into what counts them. */
+static bool check_index(fm_args *args, const fm_samples *s) {
+  const int64_t most = ((INT64_C(1) << FM_SAMPLE_BITS) - 1) / s->inner;
+  for (int64_t i = 0; s->index != NULL && i < s->numel / s->inner; i++) {
+    if (s->index[i] < 0 || s->index[i] > most) {
+      return fm_fail(args, "index[%lld] is %lld; give the number of the sample, from 0 to %lld", (long long)i,
+                     (long long)s->index[i], (long long)most);
+    }
+  }
+  return true;
+}
+
+static bool corrupt_labels(fm_args *args, const fm_label_job *job) {
+  if (!check_index(args, &job->samples)) {
+    return false;
+  }
+  const int64_t at = fm_corrupt_labels(job, torch_threads);
+  return at < 0 || fm_fail(args,
+                           "labels: element %lld is %lld, but there are %lld classes, from 0 on, and %lld is ignored; "
+                           "mend the label, or give ignore_index",
+                           (long long)at, (long long)job->labels[at], (long long)job->noise.classes,
+                           (long long)job->noise.ignored);
+}
+
+static bool draw_samples(fm_args *args, const fm_draw_job *job) {
+  if (!check_index(args, &job->samples)) {
+    return false;
+  }
+  fm_draw_samples(job, torch_threads);
+  return true;
+}
+
 static int64_t partials(int64_t chunks) { return chunks; }
 
 static int isa(void) { return fm_active_kernels->isa; }
@@ -58,4 +90,6 @@ const fm_backend fm_this_backend = {
     .isa = isa,
     .best_isa = fm_best_isa,
     .run = run,
+    .corrupt_labels = corrupt_labels,
+    .draw_samples = draw_samples,
 };

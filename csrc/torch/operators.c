@@ -2,6 +2,7 @@
  * here. Arguments are taken by the names that they have in the schema. */
 #include <inttypes.h>
 
+#include "label_operators.h"
 #include "named_args.h"
 #include "schemas.h"
 

@@ -1,5 +1,5 @@
 /* The one list of operators. Python and the tests ask torch for it: a new operator is an entry here and its function,
- * op_<name>, in operators.c. */
+ * op_<name>, in operators.c (of labels: label_operators.c). */
 #ifndef FM_SCHEMAS_H
 #define FM_SCHEMAS_H
 
@@ -48,6 +48,10 @@
     "pacgen(Tensor[] params, Tensor[] curvatures, Tensor[] lipschitz, Tensor lipschitz_constant, "              \
     "Tensor curvature_scale, float gamma, float eps) -> Tensor")                                                \
   X(filter_norm, true, "filter_norm(Tensor[] tensors, bool whole) -> Tensor")                                   \
+  X(corrupt_labels, true,                                                                                       \
+    "corrupt_labels(Tensor labels, Tensor index, Tensor bounds, Tensor targets, Tensor key, Tensor(a!) out, "   \
+    "int classes, int threshold, int span, int offset, int ignore_index) -> ()")                                \
+  X(draw_samples, true, "draw_samples(Tensor index, Tensor key, int count, int inner, int law) -> Tensor")      \
   X(isa, false, "isa() -> int")                                                                                 \
   X(best_isa, false, "best_isa() -> int")
 

@@ -56,6 +56,7 @@ int32_t aoti_torch_dtype_float32(void);
 int32_t aoti_torch_dtype_float64(void);
 int32_t aoti_torch_dtype_bfloat16(void);
 int32_t aoti_torch_dtype_float16(void);
+int32_t aoti_torch_dtype_int64(void);
 int32_t aoti_torch_dtype_uint8(void);
 int32_t aoti_torch_dtype_uint64(void);
 int32_t aoti_torch_layout_strided(void);

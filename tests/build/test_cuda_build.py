@@ -1,4 +1,4 @@
-"""The CUDA build as far as it shows without a GPU: what nvcc makes of kernels.cu, and what is in the library.
+"""The CUDA build as far as it shows without a GPU: what nvcc makes of the kernels, and what is in the library.
 
 test_build.py holds what this library has in common with the CPU's."""
 
@@ -76,15 +76,17 @@ REGISTERS = {
     "dot_4": 168,  # 3 of 128; 166
     "fold": 64,  # 2 of 512; 32
     "fold_rows": 64,  # 2 of 512; 30
+    "corrupt_labels": 40,  # 6 of 256; 35
+    "draw_samples": 40,  # 6 of 256; 28
 }
 
 
 def kernel_name(symbol: str) -> str:
     """``ascend`` for _Z16fm_update_kernelIL9fm_update0EEv14fm_cuda_launch."""
-    kind, which = re.search(r"fm_(update|reduce|dot|fold|fold_rows)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
+    kind, which = re.search(r"fm_(\w+?)_kernel(?:I\w*?(\d+)EE)?", symbol).groups()  # type: ignore[union-attr]
     if kind == "dot":
         return f"dot_{which}"
-    return kind if kind.startswith("fold") else (UPDATES if kind == "update" else TERMS)[int(which)]
+    return {"update": UPDATES, "reduce": TERMS}[kind][int(which)] if kind in ("update", "reduce") else kind
 
 
 # ---- what nvcc makes of the source ----
@@ -106,12 +108,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], 
         *flags.group(1).split(),
         *includes,
     ]
-    keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / "kernels.cubin")]
-    source = str(ROOT / "cuda" / "kernels.cu")
-    run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    entries = re.split(r"^\.visible \.entry ", (folder / "kernels.ptx").read_text(), flags=re.MULTILINE)[1:]
-    return {kernel_name(entry): entry for entry in entries}, run.stdout + run.stderr
+    entries, reports = {}, ""
+    for name in ("kernels", "labels"):
+        keep = ["--keep", f"--keep-dir={folder}", "-Xptxas=-v", "-o", str(folder / f"{name}.cubin")]
+        source = str(ROOT / "cuda" / f"{name}.cu")
+        run = subprocess.run([*command, *keep, source], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        ptx = re.split(r"^\.visible \.entry ", (folder / f"{name}.ptx").read_text(), flags=re.MULTILINE)[1:]
+        entries |= {kernel_name(entry): entry for entry in ptx}
+        reports += run.stdout + run.stderr
+    return entries, reports
 
 
 def inexact(ptx: str) -> list[str]:
@@ -207,7 +213,7 @@ def expected_fmas(kernel: str) -> dict[str, int]:
     normal = 2 * drawing_fmas("fm_ln", "fm_turn")
     truncated = drawing_fmas("fm_normal_quantile", "fm_ln", "fm_normal_mass", "fm_exp2f")
     stated = stated_fmas(*RULES.get(kernel, ()))
-    draws = 3 * normal if kernel in ("noise", "probe") else 0
+    draws = {"noise": 3, "probe": 3, "draw_samples": 1}.get(kernel, 0) * normal
     cut = (4 + 4) * truncated if kernel == "noise" else 0
     return {"f32": 4 * stated + draws + cut, "f64": 4 * stated}
 

@@ -5,43 +5,45 @@
 #include "fm_ops.h"
 
 /* Each has a function test_<name>; CMakeLists.txt makes a test of each. */
-#define FM_TESTS(X)    \
-  X(conversions)       \
-  X(rounding)          \
-  X(pow)               \
-  X(philox)            \
-  X(words)             \
-  X(laws)              \
-  X(ln)                \
-  X(exp2f)             \
-  X(turn)              \
-  X(normal_mass)       \
-  X(normal_quantile)   \
-  X(truncation)        \
-  X(norm)              \
-  X(one_pass)          \
-  X(row_norms)         \
-  X(tree)              \
-  X(extremes)          \
-  X(reductions)        \
-  X(dot)               \
-  X(dot_not_finite)    \
-  X(pacgen)            \
-  X(pacgen_limits)     \
-  X(pacgen_products)   \
-  X(pacgen_digits)     \
-  X(forms)             \
-  X(kernels)           \
-  X(strided)           \
-  X(noise)             \
-  X(averages)          \
-  X(combinations)      \
-  X(zero_coefficients) \
-  X(lion)              \
-  X(not_finite)        \
-  X(digests)           \
-  X(stealing)          \
-  X(concurrent_stealing)
+#define FM_TESTS(X)      \
+  X(conversions)         \
+  X(rounding)            \
+  X(pow)                 \
+  X(philox)              \
+  X(words)               \
+  X(laws)                \
+  X(ln)                  \
+  X(exp2f)               \
+  X(turn)                \
+  X(normal_mass)         \
+  X(normal_quantile)     \
+  X(truncation)          \
+  X(norm)                \
+  X(one_pass)            \
+  X(row_norms)           \
+  X(tree)                \
+  X(extremes)            \
+  X(reductions)          \
+  X(dot)                 \
+  X(dot_not_finite)      \
+  X(pacgen)              \
+  X(pacgen_limits)       \
+  X(pacgen_products)     \
+  X(pacgen_digits)       \
+  X(forms)               \
+  X(kernels)             \
+  X(strided)             \
+  X(noise)               \
+  X(averages)            \
+  X(combinations)        \
+  X(zero_coefficients)   \
+  X(lion)                \
+  X(not_finite)          \
+  X(digests)             \
+  X(stealing)            \
+  X(concurrent_stealing) \
+  X(label_shares)        \
+  X(label_kernels)
 
 #define FM_TEST_FUNCTION(name) void test_##name(void);
 FM_TESTS(FM_TEST_FUNCTION)

@@ -222,12 +222,12 @@ BAD_SCALARS: dict[str, Callable[[], Tensor]] = {
     "two elements": lambda: torch.ones(2, dtype=torch.float64),
     "no element": lambda: torch.ones(0, dtype=torch.float64),
 }
-#: Every single tensor but what holds bytes, two numbers or a key.
+#: Every single tensor but what holds bytes, two numbers or a key. Operators without lists are in test_labels.py.
 SCALARS = [
     (op, a.name)
     for op in OPERATORS
     for a in _library.OPERATORS[op]._schema.arguments
-    if str(a.type) == "Tensor" and a.name not in ("backup", "coefficients", "corrections", "key")
+    if LISTS[op] and str(a.type) == "Tensor" and a.name not in ("backup", "coefficients", "corrections", "key")
 ]
 
 

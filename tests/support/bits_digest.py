@@ -252,7 +252,24 @@ def backed_up(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return params, grads, backup
 
 
-GROUPS = (norms, ascents, sgd_steps, adam_steps, lion_steps, linear, noise, averages)
+def samples(dtype: torch.dtype) -> dict[str, str]:
+    """Label noise and draws by samples, whose types are fixed: by position, by index and by masks."""
+    if dtype != torch.float32:
+        return {}
+    key, results = ops.random_key(2**63 + 5, 9, 3), {}
+    for n, inner in ((301, 1), (301, 7), (301, 129), (20_011, 1)):
+        labels = torch.arange(n * inner).view(n, inner) * 7 % 1000
+        for name, index in (("positions", None), ("index", torch.arange(n) * 12_345 % 9_973)):
+            for p, kind in ((0.3, "exclude_true"), (0.7, "uniform"), (1.0, "pair")):
+                noisy = ops.corrupt_labels(labels, key, 1000, p, kind=kind, index=index)
+                results[f"labels {n}x{inner} {name} {kind}"] = digest([noisy])
+            for law in ("uniform", "normal", "rademacher"):
+                drawn = ops.draw_samples(n, inner, key, law=law, index=index)
+                results[f"draws {n}x{inner} {name} {law}"] = digest([drawn])
+    return results
+
+
+GROUPS = (norms, ascents, sgd_steps, adam_steps, lion_steps, linear, noise, averages, samples)
 
 
 def digests() -> dict[str, str]:

@@ -84,6 +84,26 @@ _SINGLE: dict[str, Callable[[], Arguments]] = {
     },
     "pacgen": lambda: _neighbourhood(),
     "filter_norm": lambda: {"whole": False},
+    "corrupt_labels": lambda: {
+        "labels": torch.arange(12).view(3, 4),
+        "index": torch.tensor([5, 0, 5]),
+        "bounds": torch.empty(0, dtype=torch.int64),
+        "targets": torch.empty(0, dtype=torch.int64),
+        "key": ops.random_key(1),
+        "out": torch.zeros(3, 4, dtype=torch.int64),
+        "classes": 12,
+        "threshold": 2**31,
+        "span": 11,
+        "offset": 1,
+        "ignore_index": -100,
+    },
+    "draw_samples": lambda: {
+        "index": torch.tensor([5, 0, 5]),
+        "key": ops.random_key(1),
+        "count": 3,
+        "inner": 4,
+        "law": 1,
+    },
 }
 
 

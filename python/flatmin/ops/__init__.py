@@ -21,6 +21,7 @@ A minimal step::
 
 from ._codes import dual_exponent, scaling_code
 from ._curvature import curvature_, pacgen
+from ._labels import corrupt_labels, draw_samples
 from ._linear import axpy_, blend_, dot, gram
 from ._noise import probe_, random_key, scaled_noise_
 from ._perturb import backup_like, restore_, sam_ascend_, sam_norm_ascend_, save_
@@ -39,8 +40,10 @@ __all__ = [
     "axpy_",
     "backup_like",
     "blend_",
+    "corrupt_labels",
     "curvature_",
     "dot",
+    "draw_samples",
     "dual_exponent",
     "filter_norm",
     "gram",

@@ -9,6 +9,7 @@ Notation: ``w`` weights, ``g`` gradients, ``T(w)`` the adaptive scaling, ``q`` t
 """
 
 from ._curvature import PLAIN, PROBED, SQUARE, curvature_, pacgen
+from ._labels import corrupt_labels, draw_samples
 from ._linear import axpy_, blend_, dot
 from ._memory import ALIGNMENT, backup_nbytes, backup_views
 from ._noise import (
@@ -49,8 +50,10 @@ __all__ = [
     "backup_nbytes",
     "backup_views",
     "blend_",
+    "corrupt_labels",
     "curvature_",
     "dot",
+    "draw_samples",
     "draws",
     "filter_norm",
     "noise_size",

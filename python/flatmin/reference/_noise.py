@@ -23,6 +23,7 @@ __all__ = [
     "draws",
     "noise_size",
     "probe_",
+    "quad_words",
     "random_words",
     "scaled_noise_",
 ]
@@ -46,9 +47,13 @@ def random_words(n: int, key: Tensor, tensor: int) -> Tensor:
     Element i has lane i % 4 of the block with counter (quad, stream, tensor, draw), quad = i // 4. ``key`` is
     uint64[2]: the seed, and the draw (lower 32 bits) with its stream (upper 32).
     """
+    return quad_words(torch.arange(-(-n // 4), dtype=torch.int64, device=key.device), key, tensor).flatten()[:n]
+
+
+def quad_words(quads: Tensor, key: Tensor, tensor: int) -> Tensor:
+    """The four words [n, 4] of each of the blocks ``quads`` [n]."""
     words = key.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     k0, k1, draw, stream = words.unbind()
-    quads = torch.arange(-(-n // 4), dtype=torch.int64, device=key.device)
     c0, c1 = quads & 0xFFFFFFFF, quads >> 32 ^ stream << 16 & 0xFFFFFFFF
     c2, c3 = torch.full_like(quads, tensor), draw.expand_as(quads)
     for _ in range(10):
@@ -56,7 +61,7 @@ def random_words(n: int, key: Tensor, tensor: int) -> Tensor:
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return torch.stack([c0, c1, c2, c3], dim=1).flatten()[:n]
+    return torch.stack([c0, c1, c2, c3], dim=1)
 
 
 def draws(n: int, key: Tensor, tensor: int, law: int) -> Tensor:
@@ -65,18 +70,22 @@ def draws(n: int, key: Tensor, tensor: int, law: int) -> Tensor:
     Uniform: 23 bits of the word, the centre of each of 2^23 cells of (-1, 1). Normal: Box and Muller (1958) on the two
     words of a pair, 31 bits for the radius and 32 for the angle. Rademacher: the word's top bit.
     """
-    words = random_words(-(-n // 4) * 4, key, tensor)
-    wide = wide_type(key)
+    return draws_of(random_words(-(-n // 4) * 4, key, tensor).view(-1, 4), law).flatten()[:n]
+
+
+def draws_of(words: Tensor, law: int) -> Tensor:
+    """What a law makes of the four words of each block: [n, 4], in the wide type."""
+    wide = wide_type(words)
     if law == RADEMACHER:
         x = 1.0 - 2.0 * (words >> 31).to(wide)
     elif law == NORMAL:
-        first, second = words.view(-1, 2).unbind(1)
+        first, second = words.view(-1, 2, 2).unbind(2)
         radius = (-2.0 * (((first >> 1).to(wide) + 0.5) * 2.0**-31).log()).sqrt()
         angle = second.to(wide) * (2.0 * math.pi * 2.0**-32)
-        x = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()
+        x = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)
     else:
         x = ((words >> 9).to(wide) + 0.5) * 2.0**-22 - 1.0
-    return x[:n]
+    return x
 
 
 def draw_like(t: Tensor, key: Tensor, tensor: int, law: int) -> Tensor:
