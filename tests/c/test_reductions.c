@@ -434,17 +434,17 @@ void test_pacgen_limits(void) {
   } cases[] = {
       {0.0, 5.0, FM_F32, true},  /* without a neighbourhood: adds nothing */
       {0.0, NAN, FM_F32, false}, /* but swallows no NaN */
-      {1.0, NAN, FM_F32, false},      {NAN, 1.0, FM_F32, false},
-      {1.0, INFINITY, FM_F32, false}, {INFINITY, 1.0, FM_F32, false},
-      {1.0, -INFINITY, FM_F32, true}, /* c is 0 */
-      {3e38, 3e38, FM_F32, true},     {3e38, 1e-45, FM_F32, true},
-      {1e-45, 3e38, FM_F32, true},    {1e-45, 1e-45, FM_F32, true},
-      {-65504.0, 6e-8, FM_F16, true}, {6e-8, 65504.0, FM_F16, true},
-      {-3e38, 3e38, FM_BF16, true},   {1e30, 1e150, FM_F64, true},
-      {1e-152, 1e300, FM_F64, true},  {1e150, 1e-320, FM_F64, true},
-      {1e-152, 0.0, FM_F64, true},    {1e160, 1.0, FM_F64, false}, /* its square is beyond float64 */
-      {1e-160, 1.0, FM_F64, false},                                /* and that of its neighbourhood below */
-      {1e70, 1e150, FM_F64, false},                                /* (|w| + N)^2 c N^2 */
+      {1.0, NAN, FM_F32, false},       {NAN, 1.0, FM_F32, false},
+      {1.0, INFINITY, FM_F32, false},  {INFINITY, 1.0, FM_F32, false},
+      {1.0, -INFINITY, FM_F32, false}, /* as of infinity */
+      {3e38, 3e38, FM_F32, true},      {3e38, 1e-45, FM_F32, true},
+      {1e-45, 3e38, FM_F32, true},     {1e-45, 1e-45, FM_F32, true},
+      {-65504.0, 6e-8, FM_F16, true},  {6e-8, 65504.0, FM_F16, true},
+      {-3e38, 3e38, FM_BF16, true},    {1e30, 1e150, FM_F64, true},
+      {1e-152, 1e300, FM_F64, true},   {1e150, 1e-320, FM_F64, true},
+      {1e-152, 0.0, FM_F64, true},     {1e160, 1.0, FM_F64, false}, /* its square is beyond float64 */
+      {1e-160, 1.0, FM_F64, false},                                 /* and that of its neighbourhood below */
+      {1e70, 1e150, FM_F64, false},                                 /* (|w| + N)^2 c N^2 */
   };
   enum { CASES = sizeof cases / sizeof *cases, FEW = 5 };
   fm_row rows[CASES];
