@@ -221,8 +221,8 @@ FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_
   }
       FM_EACH_OPERAND(FM_GET)
       const bool upper = step == 2 && half;
-      const uint32_t word = upper ? words.lane[(2 + j) % 4] : words.lane[j];
-      v[FM_DRAW] = (FM_REAL)(upper ? drawn.lane[(2 + j) % 4] : drawn.lane[j]);
+      const uint32_t word = upper ? words.word[(2 + j) % 4] : words.word[j];
+      v[FM_DRAW] = (FM_REAL)(upper ? drawn.value[(2 + j) % 4] : drawn.value[j]);
       FM_NAME(fm_apply)(UPDATE, form, v, rule);
       FM_EACH_OPERAND(FM_PUT)
       if (shape.tally >= 0 && first + j < count) {

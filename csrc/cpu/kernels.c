@@ -210,7 +210,7 @@ FM_INLINE void start_products(fm_lanes *lanes, int used) {
 }
 
 /* False, and nothing done, if a lane's products left the normal numbers. */
-FM_INLINE bool settle_products(fm_lanes *lanes, int used) {
+FM_INLINE bool normalise_products(fm_lanes *lanes, int used) {
   uint64_t odd = 0; /* wide as the numbers: a bool kept this loop from being vectorised */
   for (int l = 0; l < used; l++) {
     const fm_sum sum = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
@@ -218,14 +218,14 @@ FM_INLINE bool settle_products(fm_lanes *lanes, int used) {
   }
   for (int l = 0; l < used && odd == 0; l++) {
     fm_sum sum = {lanes->mid[l], lanes->big[l], lanes->small[l], lanes->rest[l]};
-    fm_pacgen_settle(&sum);
+    fm_pacgen_normalise(&sum);
     lanes->mid[l] = sum.mid;
     lanes->big[l] = sum.big;
     lanes->small[l] = sum.small;
   }
   return odd == 0;
 }
-static_assert(FM_CHUNK / FM_LANES == FM_PRODUCTS, "fm_pacgen_settle");
+static_assert(FM_CHUNK / FM_LANES == FM_PRODUCTS, "fm_pacgen_normalise");
 
 FM_INLINE void copy_lanes(fm_lanes *to, int at, const fm_lanes *from, int first, int count, bool parts) {
   const size_t bytes = (size_t)count * sizeof(double);

@@ -4,7 +4,7 @@
 /* One block of every slot, and the scratch that strided tensors are gathered in. */
 typedef struct FM_NAME(fm_blocks) {
   FM_REAL slot[FM_SLOTS][FM_BLOCK];
-  FM_REAL unwanted[FM_BLOCK]; /* what is written to an absent operand */
+  FM_REAL sink[FM_BLOCK]; /* what is written to an absent operand */
   double scratch[FM_BLOCK];
 } FM_NAME(fm_blocks);
 
@@ -203,7 +203,7 @@ FM_INLINE void FM_NAME(reduce_chunks)(const fm_job *job, int64_t r, int64_t begi
       start_products(&lanes, used);
     }
     FM_NAME(add_chunk)(&lanes, job->list, r, chunk, chunk_end, &options, way);
-    if (pacgen && !settle_products(&lanes, used)) {
+    if (pacgen && !normalise_products(&lanes, used)) {
       way.products = false;
       clear_lanes(&lanes, used, parts);
       FM_NAME(add_chunk)(&lanes, job->list, r, chunk, chunk_end, &options, way);
@@ -245,11 +245,7 @@ FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *con
     }
   }
   for (int first = 0; rows > 0 && first < FM_LANES; first += FM_PACK) {
-    fm_pack x[FM_DOT_LISTS], sum[FM_DOT_SUMS];
-#pragma GCC unroll 10
-    for (int pair = 0; pair < count; pair++) {
-      sum[pair] = (fm_pack){0.0};
-    }
+    fm_pack x[FM_DOT_LISTS] = {{0.0}}, sum[FM_DOT_SUMS] = {{0.0}};
     for (int64_t row = 0; row < rows; row++) {
       const int64_t ahead = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + row * FM_PACK; /* as add_chunk */
 #pragma GCC unroll 4
@@ -271,6 +267,7 @@ FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *con
   for (int pair = 0; pair < count; pair++) {
     const FM_REAL *a = v[fm_dot_a(lists, pair)] + rows * FM_LANES, *b = v[fm_dot_b(lists, pair)] + rows * FM_LANES;
     for (int l = 0; l < (int)(n % FM_LANES); l++) {
+      /* Lanes below `used` are set, which the analyzer cannot follow. NOLINTNEXTLINE(clang-analyzer-core.*) */
       products->sum[pair][l] += (double)a[l] * (double)b[l];
     }
   }
@@ -394,7 +391,7 @@ FM_INLINE void FM_NAME(set_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, 
   for (int k = 0; k < FM_SLOTS; k++) {
     slots->in[k] = slots->out[k] = blocks->slot[k];
     if (k < FM_MAX_OPERANDS && row->operand[k].data == NULL) {
-      slots->out[k] = blocks->unwanted;
+      slots->out[k] = blocks->sink;
       for (int64_t i = 0; (shape.reads & FM_BIT(k)) && i < n; i++) {
         blocks->slot[k][i] = (FM_REAL)fm_default(k);
       }

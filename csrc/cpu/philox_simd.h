@@ -118,7 +118,7 @@ static void random_block(const fm_stream *stream, int64_t at, uint32_t *words) {
 #else
   for (int q = 0; q < FM_BLOCK / 4; q++) {
     const fm_quad four = fm_random_quad(stream->seed, stream->step, stream->tensor, quad + (uint64_t)q);
-    memcpy(words + 4 * q, four.lane, sizeof four.lane);
+    memcpy(words + 4 * q, four.word, sizeof four.word);
   }
 #endif
 }

@@ -11,11 +11,11 @@
 /* ---- Philox4x32-10 (Salmon et al. 2011), the counter-based generator of Random123 ---- */
 
 typedef struct fm_quad {
-  uint32_t lane[4];
+  uint32_t word[4];
 } fm_quad;
 
 FM_HD fm_quad fm_philox(fm_quad counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = counter.lane[0], c1 = counter.lane[1], c2 = counter.lane[2], c3 = counter.lane[3];
+  uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < 10; round++) {
     uint64_t m0 = (uint64_t)0xD2511F53u * c0, m1 = (uint64_t)0xCD9E8D57u * c2;
     uint32_t n0 = (uint32_t)(m1 >> 32) ^ c1 ^ key0, n2 = (uint32_t)(m0 >> 32) ^ c3 ^ key1;
@@ -27,10 +27,10 @@ FM_HD fm_quad fm_philox(fm_quad counter, uint32_t key0, uint32_t key1) {
     key1 += 0xBB67AE85u;
   }
   fm_quad out;
-  out.lane[0] = c0;
-  out.lane[1] = c1;
-  out.lane[2] = c2;
-  out.lane[3] = c3;
+  out.word[0] = c0;
+  out.word[1] = c1;
+  out.word[2] = c2;
+  out.word[3] = c3;
   return out;
 }
 
@@ -38,10 +38,10 @@ FM_HD fm_quad fm_philox(fm_quad counter, uint32_t key0, uint32_t key1) {
  * one: 16 bits, above the 2^48 quads that a tensor can have. */
 FM_HD fm_quad fm_random_quad(uint64_t seed, uint64_t step, uint32_t tensor, uint64_t quad) {
   fm_quad counter;
-  counter.lane[0] = (uint32_t)quad;
-  counter.lane[1] = (uint32_t)(quad >> 32) ^ (uint32_t)(step >> 32) << 16;
-  counter.lane[2] = tensor;
-  counter.lane[3] = (uint32_t)step;
+  counter.word[0] = (uint32_t)quad;
+  counter.word[1] = (uint32_t)(quad >> 32) ^ (uint32_t)(step >> 32) << 16;
+  counter.word[2] = tensor;
+  counter.word[3] = (uint32_t)step;
   return fm_philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
 }
 
@@ -151,23 +151,23 @@ FM_HD void fm_turn(uint32_t word, float *cosine, float *sine) {
 }
 
 typedef struct fm_draws {
-  float lane[4];
+  float value[4];
 } fm_draws;
 
 FM_HD fm_draws fm_draw_quad(fm_quad words, int law) {
   fm_draws x;
   if (law == FM_LAW_NORMAL) {
-    const float first = fm_normal_radius(words.lane[0]), second = fm_normal_radius(words.lane[2]);
-    fm_turn(words.lane[1], &x.lane[0], &x.lane[1]);
-    fm_turn(words.lane[3], &x.lane[2], &x.lane[3]);
-    x.lane[0] *= first;
-    x.lane[1] *= first;
-    x.lane[2] *= second;
-    x.lane[3] *= second;
+    const float first = fm_normal_radius(words.word[0]), second = fm_normal_radius(words.word[2]);
+    fm_turn(words.word[1], &x.value[0], &x.value[1]);
+    fm_turn(words.word[3], &x.value[2], &x.value[3]);
+    x.value[0] *= first;
+    x.value[1] *= first;
+    x.value[2] *= second;
+    x.value[3] *= second;
     return x;
   }
   for (int l = 0; l < 4; l++) {
-    x.lane[l] = law == FM_LAW_RADEMACHER ? fm_rademacher(words.lane[l]) : fm_uniform(words.lane[l]);
+    x.value[l] = law == FM_LAW_RADEMACHER ? fm_rademacher(words.word[l]) : fm_uniform(words.word[l]);
   }
   return x;
 }

@@ -143,7 +143,7 @@ FM_HD void fm_pacgen_product(fm_sum *to, double w, double h, double lipschitz, c
 FM_HD bool fm_pacgen_normal(const fm_sum *lane) { return lane->mid <= 0x1p40 && lane->small >= 0x1p-400; }
 
 /* Makes such a lane what fm_pacgen_term would have left. */
-FM_HD void fm_pacgen_settle(fm_sum *lane) {
+FM_HD void fm_pacgen_normalise(fm_sum *lane) {
   const double x = lane->big, y = lane->small;
   lane->big = lane->small = 0.0;
   lane->mid = fm_multiply(&lane->big, x) - fm_multiply(&lane->small, y);

@@ -108,38 +108,41 @@ FM_HD fm_shape fm_shape_of(fm_update update) {
 /* The form of an update for a tensor. `present`: FM_BIT of each operand that there is. */
 FM_HD int fm_form(fm_update update, const fm_options *o, const fm_traits *t, unsigned present) {
   const fm_shape shape = fm_shape_of(update);
+  const fm_form_kind forms = shape.forms;
   const unsigned optional = shape.optional;
   (void)o;
   (void)t;
-  switch (shape.forms) {
-#define FM_CASE(kind, count, which, absent) \
-  case kind: return (which);
-    FM_FORM_KINDS(FM_CASE)
-#undef FM_CASE
+#define FM_KIND(kind, count, which, absent) \
+  if (forms == (kind)) {                    \
+    return (which);                         \
   }
+  FM_FORM_KINDS(FM_KIND)
+#undef FM_KIND
   return 0;
 }
 
 FM_HD int fm_form_count(fm_update update) {
-  switch (fm_shape_of(update).forms) {
-#define FM_CASE(kind, count, which, absent) \
-  case kind: return (count);
-    FM_FORM_KINDS(FM_CASE)
-#undef FM_CASE
+  const fm_form_kind forms = fm_shape_of(update).forms;
+#define FM_KIND(kind, count, which, absent) \
+  if (forms == (kind)) {                    \
+    return (count);                         \
   }
+  FM_FORM_KINDS(FM_KIND)
+#undef FM_KIND
   return 0;
 }
 
 /* The slots that a form has not. */
 FM_HD unsigned fm_absent(fm_update update, int form) {
   const fm_shape shape = fm_shape_of(update);
+  const fm_form_kind forms = shape.forms;
   const unsigned optional = shape.optional;
-  switch (shape.forms) {
-#define FM_CASE(kind, count, which, absent) \
-  case kind: return (absent);
-    FM_FORM_KINDS(FM_CASE)
-#undef FM_CASE
+#define FM_KIND(kind, count, which, absent) \
+  if (forms == (kind)) {                    \
+    return (absent);                        \
   }
+  FM_FORM_KINDS(FM_KIND)
+#undef FM_KIND
   return 0;
 }
 

@@ -30,6 +30,7 @@ def test_quick(tmp_path: Path) -> None:
     assert mine["products"] == int(mine["products"]) > 5
     assert report["density"]["flatmin"]["products"] == 2 * 5
     assert set(report["memory_bytes"]) == {"product", "eigenvalues", "basis"}
+    assert min(report["memory_bytes"].values()) > 0
     residual = report["targets"][0]
     assert residual["what"] == "flatmin's largest relative residual / 1e-3"
     assert residual["met"]

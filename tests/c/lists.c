@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 double uniform(uint64_t index, uint32_t stream) {
-  return (double)fm_random_quad(20260101, index, stream, 0).lane[0] * 0x1p-32 * 2.0 - 1.0;
+  return (double)fm_random_quad(20260101, index, stream, 0).word[0] * 0x1p-32 * 2.0 - 1.0;
 }
 
 /* ---- elements ---- */

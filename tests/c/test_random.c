@@ -16,7 +16,7 @@ void test_philox(void) {
                              {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}};
   for (int k = 0; k < 3; k++) {
     const fm_quad got = fm_philox(counters[k], keys[k][0], keys[k][1]);
-    CHECK(memcmp(&got, &answers[k], sizeof got) == 0, "vector %d: %08x ...", k, got.lane[0]);
+    CHECK(memcmp(&got, &answers[k], sizeof got) == 0, "vector %d: %08x ...", k, got.word[0]);
   }
   /* the third counter in our terms: quad 0x08d3243f6a88 of tensor 0x13198a2e, draw 0x03707344, stream 0x85a3 */
   const fm_quad got = fm_random_quad(0x299f31d0a4093822u, 0x85a3ull << 32 | 0x03707344u, 0x13198a2eu, 0x08d3243f6a88u);
@@ -42,7 +42,7 @@ static void check_words(const fm_list *list, fm_options *o, int64_t row, int64_t
         const uint64_t quad = (uint64_t)(chunk * FM_CHUNK + i) / 4;
         const fm_draws want = fm_draw_quad(fm_random_quad(o->seed, o->step, (uint32_t)row, quad), o->law);
         for (int l = 0; l < 4; l++) {
-          same = same && get(v, i + l) == (double)want.lane[l];
+          same = same && get(v, i + l) == (double)want.value[l];
         }
       }
       CHECK(same, "table %d, law %d: row %lld, chunk %lld, step %llx", tables[t]->isa, o->law, (long long)row,
@@ -99,11 +99,11 @@ static void check_law(int law, double (*mass)(double)) {
   for (uint64_t q = 0; q < QUADS; q++) {
     const fm_draws x = fm_draw_quad(fm_random_quad(7, 8, 9, q), law);
     for (int l = 0; l < 4; l++) {
-      const double place = 512.0 * (mass((double)x.lane[l]) + 1.0);
+      const double place = 512.0 * (mass((double)x.value[l]) + 1.0);
       counts[place < 1024.0 ? (int)place : 1023]++;
     }
     for (int l = 0; l < 3; l++) {
-      products[l] += (double)x.lane[l] * (double)x.lane[l + 1];
+      products[l] += (double)x.value[l] * (double)x.value[l + 1];
     }
   }
   const double distance = distance_to_uniform(counts, COUNT);
@@ -127,8 +127,8 @@ void test_laws(void) {
   }
   for (uint64_t i = 0; i < 1000; i++) {
     const fm_quad words = fm_random_quad(1, 2, 3, i);
-    const float x = fm_rademacher(words.lane[0]);
-    CHECK(x == (words.lane[0] < 1u << 31 ? 1.0F : -1.0F), "word %08x: %g", words.lane[0], (double)x);
+    const float x = fm_rademacher(words.word[0]);
+    CHECK(x == (words.word[0] < 1u << 31 ? 1.0F : -1.0F), "word %08x: %g", words.word[0], (double)x);
   }
   check_law(FM_LAW_UNIFORM, itself);
   check_law(FM_LAW_NORMAL, normal_mass);

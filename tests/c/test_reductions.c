@@ -291,7 +291,8 @@ void test_dot_not_finite(void) {
     for (size_t p = 0; p < sizeof places / sizeof *places; p++) {
       for (int bad = 0; bad < FM_DOT_LISTS; bad++) {
         fm_list list = make_list_of(&size, 1, type, GRAM_LISTS, GRAM_LISTS);
-        list.partials = realloc(list.partials, 6 * sizeof *list.partials);
+        free(list.partials);
+        list.partials = malloc(6 * sizeof *list.partials);
         const fm_options o = {.lists = FM_DOT_LISTS};
         double got[MOST_SUMS];
         put(&list.rows[0].operand[bad], places[p], wrong[p % 3]);
@@ -509,11 +510,11 @@ void test_pacgen_products(void) {
     const int spread = k / 2, falls = k % 2;
     for (int64_t i = 0; i < FM_CHUNK; i++) {
       const fm_quad words = fm_random_quad(1, (uint64_t)k, 3, (uint64_t)i);
-      const double between = (double)spread * fm_uniform(words.lane[1]);
+      const double between = (double)spread * fm_uniform(words.word[1]);
       const int exponent = !falls ? (int)between : i < 11 * FM_LANES ? -spread : 18;
-      w[i] = ldexp((double)fm_uniform(words.lane[0]), exponent);
-      h[i] = falls ? -1.0 : (double)fm_uniform(words.lane[2]);
-      rho[i] = (double)fm_uniform(words.lane[3]);
+      w[i] = ldexp((double)fm_uniform(words.word[0]), exponent);
+      h[i] = falls ? -1.0 : (double)fm_uniform(words.word[2]);
+      rho[i] = (double)fm_uniform(words.word[3]);
     }
     o.eps = k % 4 == 2 ? 0.25 : 0.0;
     o.lipschitz = falls ? 0.0 : 0.3;
@@ -544,8 +545,8 @@ void test_pacgen_digits(void) {
     pacgen_sum sum = {0};
     for (int64_t i = part; i < part + PART; i++) {
       const fm_quad words = fm_random_quad(1, 2, 3, (uint64_t)i);
-      w[i] = fm_uniform(words.lane[0]);
-      h[i] = fabsf(fm_uniform(words.lane[1]));
+      w[i] = fm_uniform(words.word[0]);
+      h[i] = fabsf(fm_uniform(words.word[1]));
       add_pacgen(&sum, (double)w[i], (double)h[i], 1.0, &o);
     }
     want.sum += sum.sum;

@@ -71,7 +71,7 @@ static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_
   for (int k = 0; k < FM_MAX_OPERANDS; k++) {
     v[k] = row->operand[k].data != NULL ? get(&row->operand[k], i) : fm_default(k);
   }
-  v[FM_DRAW] = (double)fm_draw_quad(words, fm_law_of(c->update, o)).lane[i % 4];
+  v[FM_DRAW] = (double)fm_draw_quad(words, fm_law_of(c->update, o)).value[i % 4];
   if (saves) {
     put(old, i, get(param, i));
   } else if (shape.copy == FM_COPY_FROM_BACKUP) {
@@ -84,7 +84,7 @@ static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_
   for (int k = 0; k < FM_MAX_OPERANDS; k++) {
     if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {
       if (k == FM_PARAM && o->random && fm_dtype_size(param->dtype) == 2) {
-        put_by_chance(param, i, v[k], words.lane[i % 4]);
+        put_by_chance(param, i, v[k], words.word[i % 4]);
       } else {
         put(&row->operand[k], i, v[k]);
       }
@@ -221,7 +221,7 @@ static void check_noise(const update_case *c, const fm_row *before, const fm_row
   const fm_view *h = &before->operand[FM_CURVATURE], *rho = &before->operand[FM_LIPSCHITZ];
   const expected_noise want = noise_of(c, w, h->data != NULL ? get(h, i) : 0.0, rho->data != NULL ? get(rho, i) : 1.0);
   const fm_quad words = fm_random_quad(c->options.seed, c->options.step, (uint32_t)r, (uint64_t)i / 4);
-  const double draw = (double)fm_draw_quad(words, c->options.law).lane[i % 4];
+  const double draw = (double)fm_draw_quad(words, c->options.law).value[i % 4];
   CHECK(get(&after->operand[FM_OLD], i) == w, "%s: backup", c->name);
   const double size = fabs(want.sigma); /* sizes that are given may be negative */
   if (c->options.law == FM_LAW_TRUNCATED) {
@@ -328,7 +328,7 @@ static double check_step(const update_case *c, const fm_row *before, const fm_ro
   }
   if (c->update == FM_AVERAGE) {
     const fm_quad words = fm_random_quad(c->options.seed, c->options.step, (uint32_t)r, (uint64_t)i / 4);
-    const double sign = (words.lane[i % 4] & 0x80000000u) != 0 ? -1.0 : 1.0, g = v[FM_GRAD];
+    const double sign = (words.word[i % 4] & 0x80000000u) != 0 ? -1.0 : 1.0, g = v[FM_GRAD];
     const double x = c->options.source == FM_SOURCE_SQUARE   ? g * g
                      : c->options.source == FM_SOURCE_PROBED ? sign * g
                                                              : g;

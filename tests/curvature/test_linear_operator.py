@@ -345,7 +345,7 @@ def summed(output: Any, y: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "matrix": (ValueError, "matrix: 'kfac' given; give one of 'hessian'", _call(matrix="kfac")),
-    "method": (ValueError, "method: 'exact' is none", _call(method="exact")),
+    "method": (ValueError, "method: 'exact' given; give one of", _call(method="exact")),
     "step": (ValueError, "step: 0.0 given", _call(step=0.0)),
     "micro_batch": (ValueError, "micro_batch: 0 given", _call(micro_batch=0)),
     "model": (TypeError, "model: function given", _call(model=lambda x: x)),

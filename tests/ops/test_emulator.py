@@ -79,6 +79,7 @@ class AllKernels:
     def __init__(self, name: str) -> None:
         self.c = getattr(torch.ops.flatmin, name).default
         self.cuda = getattr(torch.ops.flatmin_emu, name).default
+        self._schema = self.c._schema
 
     def __call__(self, *args: Any) -> Tensor | None:
         expected_args = copied(args)

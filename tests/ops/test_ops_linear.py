@@ -197,7 +197,7 @@ def test_what_is_saved_comes_back(start: Problem) -> None:
     assert all(same_bytes(p, old) for p, old in zip(got.params, start.params, strict=True))
 
 
-def test_options_are_checked() -> None:
+def test_coefficients_and_scales_are_checked() -> None:
     t, x = [torch.ones(3)], [torch.ones(3)]
     calls: dict[str, Any] = {
         "coefficients: nan given": lambda: ops.blend_(t, x, coefficients=(1.0, math.nan)),

@@ -94,6 +94,15 @@ def test_a_result_without_a_shape_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         _library._fake("norm")
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "lr" in _library.ARGUMENTS[name]])
+def test_every_base_step_can_average_a_curvature(name: str) -> None:
+    """A base without it would leave PerturbedOPT's curvature where it is, in silence. What the public operators take of
+    it is one class; here are the schemas."""
+    assert set(ops.Averages.__annotations__) <= set(_library.ARGUMENTS[name])
+    assert [str(r.type) for r in _library.OPERATORS[name]._schema.returns] == ["Tensor"]
+    assert set(ops.Averages.__annotations__) <= set(inspect.signature(getattr(reference, name)).parameters)
+
+
 def test_a_call_gives_the_arguments_of_the_schema() -> None:
     with pytest.raises(TypeError, match=r"restore_: arguments .*'backup', 'extra'"):
         _dispatch.run("restore_", **good("restore_"), extra=1)

@@ -120,6 +120,20 @@ def test_the_fused_step_is_the_plain_one(cls, options, lipschitz, dtype, bound, 
     assert distance(results[0][1], results[1][1]) < bound
 
 
+def test_a_fused_base_that_takes_no_curvature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would step, and the curvature would never be learned: an error at its first step instead."""
+
+    def restore_without(params, grads, buffers, backup, lr, *, momentum, dampening, weight_decay, nesterov, maximize):
+        raise AssertionError("the step was taken")
+
+    net = small_net()
+    opt = PerturbedOPT(torch.optim.SGD(net.parameters(), lr=0.1), **MIXED)
+    run(net, opt, batches(2), in_closure)
+    monkeypatch.setattr(ops, "restore_sgd_", restore_without)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'curvatures'"):
+        run(net, opt, batches(1), in_closure)
+
+
 def test_what_is_fused_and_what_is_left_to_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(cls: type[torch.optim.Optimizer] = torch.optim.SGD, prepare=lambda base: None, **options: Any) -> bool:
         net = small_net()

@@ -159,7 +159,7 @@ def adam_steps(dtype: torch.dtype) -> dict[str, str]:
 def lion_steps(dtype: torch.dtype) -> dict[str, str]:
     results = {}
     for state_dtype in {dtype: None, torch.float32: None}:
-        for weight_decay, maximize in ((0.0, False), (0.1, True)):
+        for weight_decay, maximize in ((0.0, False), (0.1, True), (0.1, False)):
             params, grads, backup = backed_up(dtype)
             means = tensors(7, state_dtype)
             ops.restore_lion_(params, grads, means, backup, 0.01, weight_decay=weight_decay, maximize=maximize)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ PARTS = {
     "a CPU build of torch": torch.version.cuda is None,
     "hypothesis": HYPOTHESIS,
     "the wheels of `make wheels`": bool(WHEELS),
+    "scipy": find_spec("scipy") is not None,
 }
 
 

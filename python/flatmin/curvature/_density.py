@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
+from ._arguments import check_seed
 from ._basis import Basis, norm
 from ._lanczos import check_basis, next_vector
 from ._linear_operator import SymmetricOperator, operator_of, random_vector
@@ -210,6 +211,7 @@ def spectral_density(
     """
     check_int("probes", probes, 1)
     check_int("steps", steps, 1)
+    check_seed(seed)
     check_basis(basis_dtype)
     options: dict[str, Any] = {"params": params, "matrix": matrix, "method": method, "step": step}
     options |= {"micro_batch": micro_batch, "process_group": process_group, "progress": progress}

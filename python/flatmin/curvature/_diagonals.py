@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_int
+from .._checks import check_int, check_one_of
 from .._deprecated import renamed_arguments
 from ._arguments import check_seed
 from ._batches import Source
@@ -253,8 +253,8 @@ class FoundDiagonal(NamedTuple):
 
 def check_diagonal(name: str, kind: Any) -> None:
     """``ValueError`` unless ``kind`` names a diagonal of this module or can be called."""
-    if not callable(kind) and kind not in _NAMES:
-        raise ValueError(f"{name}: {kind!r} is none of {', '.join(map(repr, _NAMES))} and no function")
+    if not callable(kind):
+        check_one_of(name, kind, _NAMES, "a function")
 
 
 def diagonal(

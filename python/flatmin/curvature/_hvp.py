@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import is_number
+from .._checks import check_one_of, is_number
 from ._measurement import LossFn, Measurement, Part, check_tensors
 
 __all__ = ["check_method", "hvp", "moves_along"]
@@ -74,8 +74,7 @@ def moves_along(m: Measurement, vectors: Sequence[Tensor], h: float) -> tuple[Mo
 
 def check_method(method: str, step: float | None) -> bool:
     """Whether ``method`` is that of finite differences."""
-    if method not in ("autograd", "finite_difference"):
-        raise ValueError(f"method: {method!r} is none of 'autograd', 'finite_difference'")
+    check_one_of("method", method, ("autograd", "finite_difference"))
     if step is not None and not (is_number(step) and 0.0 < step < math.inf):
         raise ValueError(f"step: {step!r} given; give a finite float > 0, or None for the default")
     return method == "finite_difference"

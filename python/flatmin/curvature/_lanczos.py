@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of, check_size
+from ._arguments import check_seed
 from ._basis import Basis, norm
 from ._linear_operator import CurvatureOperator, SymmetricOperator, operator_of, random_vector
 from ._measurement import LossFn, check_tensors
@@ -132,6 +133,10 @@ def eigenvalues(
     check_one_of("which", which, _WHICH)
     check_int("k", k, 1)
     check_size("tol", tol)
+    check_seed(seed)
+    for name, count in (("basis_size", basis_size), ("max_products", max_products)):
+        if count is not None:
+            check_int(name, count, 1)
     options: dict[str, Any] = {"params": params, "matrix": matrix, "method": method, "step": step}
     options |= {"micro_batch": micro_batch, "process_group": process_group, "progress": progress}
     planned = max_products or 10 * (basis_size or max(40, 2 * k + 20))
@@ -341,7 +346,7 @@ class _Run:
                 return False
             if self.broken:
                 least = float(key.sort(descending=True).values[self.k - 1])
-                if not self.breakdowns or float(key[top]) > least + self.floor * self.scale:
+                if float(key[top]) > least + self.floor * self.scale:
                     return False
         return True
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of
+from ._arguments import check_seed
 from ._lanczos import Eigenvalues, eigenvalues
 from ._linear_operator import CurvatureOperator, operator_of
 from ._measurement import LossFn
@@ -52,6 +53,7 @@ def layer_traces(
         Names to ``(value, stderr, samples)``, in the order of the parameters.
     """
     check_int("samples", samples, 1)
+    check_seed(seed)
     check_one_of("by", by, ("layer", "parameter"))
     options: dict[str, Any] = {"params": params, "matrix": matrix, "method": method, "step": step}
     options |= {"micro_batch": micro_batch, "process_group": process_group, "progress": progress}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_int
+from .._checks import check_int, check_one_of
 from .._deprecated import renamed_arguments
 from .._devices import on_device
 from ._arguments import check_neighbourhood, check_seed, check_share
@@ -74,8 +74,7 @@ def lipschitz(
     check_int("samples", samples, 1)
     check_int("curvature_samples", curvature_samples, 1)
     check_seed(seed)
-    if distribution not in ("rademacher", "uniform"):
-        raise ValueError(f"distribution: {distribution!r} is none of 'rademacher', 'uniform'")
+    check_one_of("distribution", distribution, ("rademacher", "uniform"))
     gamma, eps = check_neighbourhood(gamma, eps)
     with Measurement(model, loss_fn, data, params, "", progress=False) as m:
         names = names_of(model, m.params)
@@ -121,6 +120,5 @@ def _quantile(quotients: Sequence[Tensor], q: float) -> float:
 
 
 def check_lipschitz(mode: str, quantile: float, name: str = "mode") -> None:
-    if mode not in ("max", "quantile", "element"):
-        raise ValueError(f"{name}: {mode!r} is none of 'max', 'quantile', 'element'")
+    check_one_of(name, mode, ("max", "quantile", "element"))
     check_share("quantile", quantile, "a float in (0, 1]", or_one=True)

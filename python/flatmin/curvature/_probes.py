@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import check_int
+from .._checks import check_int, check_one_of
 from ._arguments import check_seed
 from ._hvp import check_method
 from ._measurement import Measurement, Part
@@ -203,6 +203,5 @@ def check_sampling(samples: int, distribution: str, method: str, step: float | N
     """Whether ``method`` is that of finite differences."""
     check_int("samples", samples, 1)
     check_seed(seed)
-    if distribution not in ("rademacher", "normal"):
-        raise ValueError(f"distribution: {distribution!r} is none of 'rademacher', 'normal'")
+    check_one_of("distribution", distribution, ("rademacher", "normal"))
     return check_method(method, step)

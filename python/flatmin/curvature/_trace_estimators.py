@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of
+from ._arguments import check_seed
 from ._basis import Basis
 from ._lanczos import check_basis
 from ._linear_operator import SymmetricOperator, operator_of, random_vector
@@ -63,6 +64,7 @@ def trace(
     check_one_of("estimator", estimator, tuple(_ESTIMATORS))
     least, _ = _ESTIMATORS[estimator]
     check_int("products", products, least)
+    check_seed(seed)
     check_basis(basis_dtype)
     options: dict[str, Any] = {"params": params, "matrix": matrix, "method": method, "step": step}
     options |= {"micro_batch": micro_batch, "process_group": process_group, "progress": progress}

@@ -31,7 +31,9 @@ def run(name: str, **arguments: Any) -> Any:
     if len(arguments) != len(names):
         raise TypeError(f"{name}: arguments {sorted(arguments)} given, but its schema has {sorted(names)}")
     for written in _library.WRITTEN[name]:
-        increment_version(arguments[written])
+        value = arguments[written]
+        if isinstance(value, Tensor) or value:
+            increment_version(value)
     tensors = arguments[names[0]]
     device = tensors[0].device.type
     if device in _library.DEVICES:

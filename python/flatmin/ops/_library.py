@@ -1,7 +1,7 @@
 """Loads the operator library into torch, asks torch what is in it, and gives every operator its shape function.
 
-The one list of operators with their schemas is in csrc/torch/operators.c. A new one needs a line here only if it
-returns something: its shape, in :data:`_RESULTS`.
+The one list of operators with their schemas is csrc/torch/schemas.h. A new one needs a line here only if it returns
+something: its shape, in :data:`_RESULTS`.
 """
 
 from __future__ import annotations
@@ -112,16 +112,14 @@ def _products(given: dict[str, Any]) -> tuple[int, ...]:
     return (lists * (lists + 1) // 2,)
 
 
-#: Shapes of the results, of those that have one: a function of the arguments by name.
+#: Shapes of the results, of those that have one: a function of the arguments by name. The restore-and-step operators
+#: have :func:`_quotient`.
 _RESULTS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "curvature_": _scalar,
     "filter_norm": _filters,
     "dot": _products,
     "norm": _scalar,
     "pacgen": lambda given: (len(given["params"]), 2),
-    "restore_adam_": _quotient,
-    "restore_lion_": _quotient,
-    "restore_sgd_": _quotient,
     "sam_norm_ascend_": _scalar,
     "scaled_noise_": lambda given: (3,),
     "ties": _scalar,
@@ -130,7 +128,9 @@ _RESULTS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
 
 def _fake(name: str) -> Callable[..., Tensor | None]:
     """The shape function of an operator that returns a float64 tensor, or nothing."""
-    names, shape = ARGUMENTS[name], _RESULTS.get(name)
+    names = ARGUMENTS[name]
+    steps = {"lr", "curvatures"} <= set(names)
+    shape = _RESULTS.get(name, _quotient if steps else None)
     if (shape is None) == bool(OPERATORS[name]._schema.returns):
         raise ImportError(f"flatmin: _RESULTS in {__file__} and the schema of {name} disagree on whether it returns")
 

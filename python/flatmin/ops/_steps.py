@@ -48,29 +48,30 @@ class Averages(TypedDict, total=False):
     min_step: float
 
 
-def _step(name: str, params: Sequence[Tensor], lr: float | Tensor, averages: Averages, **arguments: Any) -> Tensor:
-    """Call a restore-and-step operator."""
-    rate = scalar(lr, params[0].device) if params else torch.empty(0)
-    beside = _averages(averages, rate) if averages else _no_averages(rate)
+def _step(name: str, lr: float | Tensor, averages: Averages, arguments: dict[str, Any]) -> Tensor:
+    """Call a restore-and-step operator with ``arguments`` and what every one of them takes."""
+    params = arguments["params"]
+    beside = _averages(averages) if averages else _NO_AVERAGES
     if not params:
         return torch.zeros(() if beside["curvatures"] else 0, dtype=torch.float64)
-    largest: Tensor = run(name, params=params, lr=rate, **arguments, **beside)
+    rate = scalar(lr, params[0].device)
+    arguments["lr"] = arguments["corrections"] = rate  # the second is not looked at without curvatures
+    arguments.update(beside)
+    largest: Tensor = run(name, **arguments)
     return largest
 
 
-def _no_averages(unread: Tensor) -> dict[str, Any]:
-    return {
-        "curvatures": [],
-        "lipschitz": [],
-        "corrections": unread,
-        "decay": 0.0,
-        "lipschitz_decay": 0.0,
-        "min_step": 0.0,
-    }
+_NO_AVERAGES: dict[str, Any] = {
+    "curvatures": (),
+    "lipschitz": (),
+    "decay": 0.0,
+    "lipschitz_decay": 0.0,
+    "min_step": 0.0,
+}
 
 
-def _averages(given: Averages, unread: Tensor) -> dict[str, Any]:
-    """The arguments of the raw operators. ``unread`` stands where a tensor is asked for and none is looked at."""
+def _averages(given: Averages) -> dict[str, Any]:
+    """What the raw operators take of it."""
     unknown = given.keys() - Averages.__annotations__
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: not an option of this operator")
@@ -82,14 +83,8 @@ def _averages(given: Averages, unread: Tensor) -> dict[str, Any]:
         raise ValueError("lipschitz: given without curvatures; give both, or none")
     if curvatures and "corrections" not in given:
         raise ValueError("corrections: missing, but averages of curvatures have a bias; give float64[2]")
-    return {
-        "curvatures": curvatures,
-        "lipschitz": lipschitz,
-        "corrections": given["corrections"] if curvatures else unread,
-        "decay": given.get("decay", 0.999),
-        "lipschitz_decay": given.get("lipschitz_decay", 0.1),
-        "min_step": given.get("min_step", 0.0),
-    }
+    beside: dict[str, Any] = _NO_AVERAGES | {"decay": 0.999, "lipschitz_decay": 0.1} | given
+    return beside | {"curvatures": curvatures, "lipschitz": lipschitz}
 
 
 @torch.no_grad()
@@ -123,18 +118,20 @@ def restore_sgd_(
     """
     return _step(
         "restore_sgd_",
-        params,
         lr,
         averages,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        backup=backup,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        first_step=first_step,
+        {
+            "params": params,
+            "grads": grads,
+            "momentum_buffers": momentum_buffers,
+            "backup": backup,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "first_step": first_step,
+        },
     )
 
 
@@ -174,22 +171,24 @@ def restore_adam_(
     """
     return _step(
         "restore_adam_",
-        params,
         lr,
         averages,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        max_exp_avg_sqs=list(max_exp_avg_sqs),
-        steps=steps,
-        backup=backup,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        amsgrad=amsgrad,
-        maximize=maximize,
+        {
+            "params": params,
+            "grads": grads,
+            "exp_avgs": exp_avgs,
+            "exp_avg_sqs": exp_avg_sqs,
+            "max_exp_avg_sqs": list(max_exp_avg_sqs),
+            "steps": steps,
+            "backup": backup,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        },
     )
 
 
@@ -221,16 +220,18 @@ def restore_lion_(
     """
     return _step(
         "restore_lion_",
-        params,
         lr,
         averages,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        backup=backup,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        maximize=maximize,
+        {
+            "params": params,
+            "grads": grads,
+            "exp_avgs": exp_avgs,
+            "backup": backup,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        },
     )
 
 

@@ -31,6 +31,7 @@ def expected_sharpness(
     gamma: float = 0.0,
     eps: float = 1.0,
     curvatures: Sequence[Tensor] | None = None,
+    sizes: str | Sequence[Tensor] | None = None,
     lipschitz: float | Sequence[Tensor] = 0.0,
     samples: int = 20,
     antithetic: bool = False,
@@ -40,12 +41,18 @@ def expected_sharpness(
     """Expected rise of the loss under random noise on the weights, ``E_u L(w + u) - L(w)``.
 
     ``scale=0.01`` alone is isotropic normal noise of that size (Neyshabur et al. 2017, arXiv 1706.08947).
+    ``sizes="filter"`` scales it by the norm of each filter, ``curvatures`` by the flatness of each direction. With
+    ``gamma=1, eps=0`` it is in proportion to each weight: the average-case form of adaptive sharpness, which does not
+    change when a ReLU layer is multiplied by a factor and the next one divided by it.
 
     Args:
         model, loss_fn, data, params, progress: see :mod:`flatmin.curvature`.
         scale, distribution, gamma, eps, curvatures, lipschitz: the noise, as in :func:`flatmin.ops.scaled_noise_`. With
             ``curvatures`` (loss / weight^2) ``scale`` has the unit sqrt(loss) and ``lipschitz`` loss / weight^3; else
             ``scale`` is a factor of ``gamma |w| + eps``.
+        sizes: noise ``scale sizes_i xi_i``: "filter" takes the 2-norm of the weight's filter (an index of the first
+            dimension; Bisla et al. 2022, arXiv 2201.08025), "tensor" that of its tensor; or give tensors like the
+            parameters.
         samples: number of independent values >= 1; each is one forward pass over the data, or two if ``antithetic``.
         antithetic: each value is the mean of a pair, the rises at ``w + u`` and at ``w - u``: what is odd in u, as the
             slope of the loss, cancels (Hammersley and Morton 1956). Needs one more copy of the parameters.
@@ -67,12 +74,27 @@ def expected_sharpness(
         noise: dict[str, Any] = {"law": distribution, "scale": float(scale), "gamma": gamma, "eps": eps}
         if curvatures is not None:
             noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)
+        if sizes is not None:
+            noise["sizes"] = _sizes(m, sizes)
         if is_number(lipschitz):
             check_size("lipschitz", lipschitz)
             noise["lipschitz"] = float(lipschitz)  # type: ignore[arg-type]
         else:
             noise["lipschitz"] = check_tensors("lipschitz", lipschitz, m.params)
         return rises(m, float(m.mean_loss()), samples, seed, noise, bool(antithetic))
+
+
+def _sizes(m: Measurement, sizes: str | Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(sizes, str):
+        return check_tensors("sizes", sizes, m.params)
+    check_one_of("sizes", sizes, ("filter", "tensor"), "tensors")
+    found = list(m.params)
+    for part in m.parts:
+        norms = ops.filter_norm(part.of(m.params), whole=sizes == "tensor")
+        for i, norm in zip(part.positions, norms, strict=True):
+            wide = torch.promote_types(m.params[i].dtype, torch.float32)
+            found[i] = norm.to(wide).expand(m.params[i].shape)
+    return found
 
 
 def rises(
