@@ -75,7 +75,7 @@ static void random_quads(const fm_stream *stream, const uint64_t *quads, uint32_
 #else
   for (int q = 0; q < FM_QUADS_OF_BLOCK; q++) {
     const fm_quad four = fm_random_quad(stream->seed, stream->step, stream->tensor, quads[q]);
-    memcpy(words + 4 * q, four.lane, sizeof four.lane);
+    memcpy(words + 4 * q, four.word, sizeof four.word);
   }
 #endif
 }
@@ -153,8 +153,8 @@ static void draw(const fm_draw_job *job, int64_t begin, int64_t end) {
       words_alone(&job->samples, &stream, at, part.count, four, numbers);
       for (int i = 0; i < part.count; i++) {
         fm_quad words;
-        memcpy(words.lane, four + 4 * i, sizeof words.lane);
-        job->out[at + i] = fm_draw_quad(words, job->law).lane[numbers[i] % 4];
+        memcpy(words.word, four + 4 * i, sizeof words.word);
+        job->out[at + i] = fm_draw_quad(words, job->law).value[numbers[i] % 4];
       }
     } else {
       float draws[FM_BLOCK];

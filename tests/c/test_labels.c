@@ -61,7 +61,7 @@ static fm_quad quad_of(const fm_samples *s, uint64_t number) {
 static int64_t stated(const fm_label_job *job, int64_t at) {
   const int64_t y = job->labels[at];
   const uint64_t number = number_of(&job->samples, at);
-  const uint32_t word = quad_of(&job->samples, number).lane[number % 4];
+  const uint32_t word = quad_of(&job->samples, number).word[number % 4];
   if (y < 0 || y >= CLASSES) {
     return y;
   }
@@ -102,7 +102,7 @@ static void check_draws(const fm_samples *samples, int law) {
   float *out = malloc(bytes), *want = malloc(bytes);
   for (int64_t i = 0; i < samples->numel; i++) {
     const uint64_t number = number_of(samples, i);
-    want[i] = fm_draw_quad(quad_of(samples, number), law).lane[number % 4];
+    want[i] = fm_draw_quad(quad_of(samples, number), law).value[number % 4];
   }
   const fm_draw_job job = {.samples = *samples, .law = law, .out = out};
   for (int s = 0; s < SPLITS; s++) {
