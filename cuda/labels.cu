@@ -16,12 +16,12 @@ FM_DEVICE uint64_t fm_number_of(const fm_samples *s, int64_t at) {
 }
 
 /* By comparisons: an index that is no constant would send the four to local memory. */
-FM_DEVICE uint32_t fm_word_of_four(const fm_quad &four, int lane) {
-  return lane == 0 ? four.word[0] : lane == 1 ? four.word[1] : lane == 2 ? four.word[2] : four.word[3];
+FM_DEVICE uint32_t fm_word_of_four(const fm_quad &four, int k) {
+  return k == 0 ? four.word[0] : k == 1 ? four.word[1] : k == 2 ? four.word[2] : four.word[3];
 }
 
-FM_DEVICE float fm_draw_of_four(const fm_draws &four, int lane) {
-  return lane == 0 ? four.value[0] : lane == 1 ? four.value[1] : lane == 2 ? four.value[2] : four.value[3];
+FM_DEVICE float fm_draw_of_four(const fm_draws &four, int k) {
+  return k == 0 ? four.value[0] : k == 1 ? four.value[1] : k == 2 ? four.value[2] : four.value[3];
 }
 
 __global__ void fm_corrupt_labels_kernel(FM_KERNEL_ARGUMENT fm_label_job job) {

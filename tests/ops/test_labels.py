@@ -112,12 +112,12 @@ def test_words_are_those_of_the_other_operators() -> None:
     assert torch.equal(ops.draw_samples(100, 1, key).view(-1), probe[0])
 
 
-def test_any_strides() -> None:
+def test_labels_of_any_strides() -> None:
     y, key = labels_of((40, 30), 10, 1), ops.random_key(1)
     assert torch.equal(ops.corrupt_labels(y.t(), key, 10, 0.5), ops.corrupt_labels(y.t().contiguous(), key, 10, 0.5))
 
 
-def test_out() -> None:
+def test_out_of_labels() -> None:
     y, key = labels_of((40, 30), 10, 1), ops.random_key(1)
     out = torch.zeros_like(y)
     version = out._version
@@ -138,7 +138,7 @@ def test_out() -> None:
         ({"index": torch.arange(3)}, r"index: shape \(3,\)"),
     ],
 )
-def test_bad_options(change: dict[str, Any], message: str) -> None:
+def test_bad_options_of_labels(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.corrupt_labels(
             **{"labels": torch.zeros(5, dtype=torch.int64), "key": ops.random_key(1), "num_classes": 5} | change
@@ -160,7 +160,7 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
         ({"key": torch.empty(0, dtype=torch.uint64)}, "key is empty"),
     ],
 )
-def test_bad_tensors(change: dict[str, Any], message: str) -> None:
+def test_bad_tensors_of_labels(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         ops.corrupt_labels(
             **{"labels": torch.ones(5, dtype=torch.int64), "key": ops.random_key(1), "num_classes": 5} | change
