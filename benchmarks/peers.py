@@ -25,6 +25,7 @@ RHO, LR, MOMENTUM, EPS = 0.05, 1e-4, 0.9, 1e-12
 GROUP = 64  # limits.c takes this many elements at a time
 
 FLATMIN, PLAIN, OPS = "flatmin.SAM", "flatmin.SAM, plain base step", "flatmin.ops"
+CONTEXT = "flatmin.SAM, step after the context"
 TEXTBOOK, COMPILED = "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
@@ -35,7 +36,7 @@ READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": T
 
 #: What a step reads and writes of all its elements, in passes over them: docs/traffic.md derives it. Of other rows it
 #: has no number.
-STREAMS = {FLATMIN: 10, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
+STREAMS = {FLATMIN: 10, CONTEXT: 12, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
 
 
 # ---- builders: each makes one step of its kind over parameters that carry a gradient ----
@@ -61,6 +62,18 @@ def flatmin_fused(params: list[Tensor]) -> Step:
     def step() -> None:
         ascend()
         descend()
+
+    return step
+
+
+def flatmin_context(params: list[Tensor]) -> Step:
+    """The README's loop: the context restores the weights, and the step starts from there."""
+    optimizer = flatmin.SAM(_base(params), rho=RHO)
+
+    def step() -> None:
+        optimizer.ascend()
+        optimizer.restore()
+        optimizer.step()
 
     return step
 
@@ -173,6 +186,7 @@ def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builde
     """The rows by name, flatmin first. ``with_foreach`` for a GPU: on a CPU the multi-tensor operators are loops."""
     rows: dict[str, Builder] = {
         FLATMIN: flatmin_fused,
+        CONTEXT: flatmin_context,
         PLAIN: flatmin_plain,
         OPS: flatmin_ops,
         TEXTBOOK: textbook,
