@@ -95,6 +95,7 @@ def steps(x: Inputs) -> list[Tensor]:
     for amsgrad in (False, True):
         backup, maxima = x.perturbed(), x.make() if amsgrad else []
         ops.restore_adam_(x.params, x.grads, x.make(), x.make(), maxima, x.counters(), backup, 0.01, amsgrad=amsgrad)
+    ops.restore_lion_(x.params, x.grads, x.make(), x.perturbed(), 0.01)
     return x.params
 
 
@@ -109,6 +110,8 @@ def steps_with_averages(x: Inputs) -> list[Tensor]:
         average = (x.make(), lipschitz, x.perturbed(), 0.01, x.corrections)
         moments = (x.make(), x.make(), [], x.counters())
         found.append(ops.restore_adam_curvature_(x.params, x.grads, *moments, *average))
+        beside = {"curvatures": x.make(), "lipschitz": lipschitz, "corrections": x.corrections}
+        found.append(ops.restore_lion_(x.params, x.grads, x.make(), x.perturbed(), 0.01, **beside))
     return [t for t in found if t is not None] + x.params
 
 
@@ -148,6 +151,31 @@ def measures(x: Inputs) -> list[Tensor]:
     return [ops.pacgen(x.params, x.grads, lipschitz=2.0), *ops.filter_norm(x.params)]
 
 
+def combinations(x: Inputs) -> list[Tensor]:
+    lists = [x.make() for _ in range(3)]
+    found = [ops.gram(x.grads, *lists[:k]) for k in (1, 2, 3)]
+    ops.blend_(x.grads, lists[0], coefficients=(0.5, 0.25))
+    ops.blend_(x.grads, lists[0], lists[1], coefficients=(0.5, 0.25, 0.125))
+    ops.axpy_(x.params, lists[2], 0.5)
+    ops.axpy_(x.params, lists[2], 0.5, backup=x.backup)
+    ops.save_(x.params, x.backup)
+    return [*found, *x.grads, *x.params]
+
+
+def labels(x: Inputs) -> list[Tensor]:
+    """Of no type of the parameters, so once is enough."""
+    if x.dtype != torch.float32:
+        return []
+    clean = (torch.arange(5000) % 10).to(x.device)
+    kinds = ("exclude_true", "uniform", "pair")
+    found = [ops.corrupt_labels(clean, x.key, 10, 0.5, kind=kind).float() for kind in kinds]
+    index = torch.arange(5000, device=x.device).flip(0)
+    found.append(ops.corrupt_labels(clean, x.key, 10, 0.5, index=index).float())
+    for law in ("normal", "rademacher", "uniform"):
+        found += [ops.draw_samples(700, 3, x.key, law=law), ops.draw_samples(5000, 1, x.key, law=law, index=index)]
+    return found
+
+
 def many_chunks(x: Inputs) -> list[Tensor]:
     """Two launches of the fold, and a tensor whose sums one block folds in pieces."""
     long = [torch.full((MANY_CHUNKS,), 0.5, dtype=x.dtype, device=x.device)]
@@ -155,7 +183,8 @@ def many_chunks(x: Inputs) -> list[Tensor]:
 
 
 CALLS: tuple[Callable[[Inputs], list[Tensor]], ...] = (
-    norms, ascents, steps, steps_with_averages, noise, probes, averages, measures, many_chunks
+    norms, ascents, steps, steps_with_averages, noise, probes, averages, measures, combinations,
+    labels, many_chunks,
 )  # fmt: skip
 
 

@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-FLATMIN_ROWS = {"flatmin.SAM", "flatmin.SAM, plain base step", "flatmin.ops"}
+FLATMIN_ROWS = {
+    "flatmin.SAM",
+    "flatmin.SAM, step after the context",
+    "flatmin.SAM, plain base step",
+    "flatmin.ops",
+}
 PEER_ROWS = {"pytorch-optimizer SAM, foreach off", "pytorch-optimizer SAM, foreach on"}
 STEP_LIMIT_ROWS = {"limit, plain stores", "limit, streaming stores"}
 LIMIT_ROWS = STEP_LIMIT_ROWS | {"read", "copy, plain stores", "copy, streaming stores"}

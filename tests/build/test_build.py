@@ -154,7 +154,7 @@ def test_one_wheel_serves_every_python() -> None:
 
 def test_the_wheel_holds_what_it_should() -> None:
     files = {str(f) for f in installed().files or []}
-    assert {"flatmin/__init__.py", "flatmin/_C.so", "flatmin/py.typed", "flatmin/reference.py"} <= files
+    assert {"flatmin/__init__.py", "flatmin/_C.so", "flatmin/py.typed", "flatmin/reference/__init__.py"} <= files
     strangers = [f for f in files if not f.startswith(("flatmin/", "flatmin-"))]
     assert strangers == []
 
