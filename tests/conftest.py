@@ -4,7 +4,7 @@ tests that this machine cannot run are left out and reported."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import requirements
 from drawing import HYPOTHESIS
 
 if HYPOTHESIS:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     settings.register_profile(
         "flatmin",
@@ -25,6 +25,7 @@ if HYPOTHESIS:
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
+    settings.register_profile("without shrinking", settings.get_profile("flatmin"), phases=(Phase.generate,))
     settings.load_profile("flatmin")
 
 
@@ -40,16 +41,34 @@ def restore_threads() -> Iterator[None]:
 
 _left_out: Counter[str] = Counter()
 
+FAILURE_CHARACTERS = 3000
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if HYPOTHESIS and _for_a_gpu(config):  # it is lent for minutes: the first example that fails must do
+        settings.load_profile("without shrinking")
     config.addinivalue_line("markers", "cuda(devices=1, gib=0): runs on so many GPUs, with so much memory")
     config.addinivalue_line("markers", "requires(part): needs a part that requirements.PARTS names")
+
+
+def _for_a_gpu(config: pytest.Config) -> bool:
+    return bool(config.option.markexpr == "cuda")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """``pytest -m cuda`` says at once why a test failed: what comes at the end is lost where the run is cut short."""
+    report = yield
+    reporter = item.config.pluginmanager.getplugin("terminalreporter")
+    if report.failed and _for_a_gpu(item.config) and reporter is not None:
+        reporter.write_line(f"\n{report.nodeid}\n{report.longreprtext[-FAILURE_CHARACTERS:]}")
+    return report
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """``pytest -m cuda`` opens only the modules that have such a test: a machine that is lent for its GPU may lack what
     the others import."""
-    if config.option.markexpr != "cuda" or collection_path.suffix != ".py":
+    if not _for_a_gpu(config) or collection_path.suffix != ".py":
         return None
     return True if "mark.cuda" not in collection_path.read_text() else None
 

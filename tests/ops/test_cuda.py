@@ -359,7 +359,7 @@ def split_step(places: list[torch.device]) -> tuple[list[Tensor], list[Tensor]]:
                     grad = grad.pin_memory().to(p.device, non_blocking=True)
             p.grad = grad
         opt.ascend()
-        at_ascent = [p.detach().cpu() for p in params]
+        at_ascent = [p.detach().to(HOST, copy=True) for p in params]
         opt.restore()
     return at_ascent, [p.detach().cpu() for p in params]
 

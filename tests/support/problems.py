@@ -25,7 +25,7 @@ TAILS = (0, 1, 2, 3, 5, 15, 16, 17, 31, 33, 127, 129, 1023, 1024, 1025, 4095, 40
 
 def twin(t: Tensor) -> Tensor:
     """A copy with the strides, the offset and the surrounding memory of ``t``."""
-    return torch.empty(0, dtype=t.dtype).set_(
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(
         memory(t).clone().untyped_storage(), t.storage_offset(), t.shape, t.stride()
     )
 
@@ -36,7 +36,7 @@ def twins(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def memory(t: Tensor) -> Tensor:
     """Every byte that ``t`` can reach, with the gaps between its elements: a uint8 view, not a copy."""
-    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
