@@ -34,8 +34,8 @@ MATRIX = (33, 65)
 MANY_CHUNKS = 1030 * 4096 + 5  # a block of the fold takes 1024
 
 #: A kernel in the library's strings (mangled) and in a profile (as in the source): its kind and template argument.
-MANGLED = re.compile(rb"_Z\d+fm_(update|reduce|fold_rows|fold)_kernel(?:IL(?:i|9fm_update)(\d+)E)?")
-PROFILED = re.compile(r"fm_(update|reduce|fold_rows|fold)_kernel(?:<(?:\(\w+\))?(\d+)>)?")
+MANGLED = re.compile(rb"_Z\d+fm_(\w+?)_kernel(?:IL(?:i|9fm_update)(\d+)E)?")
+PROFILED = re.compile(r"fm_(\w+?)_kernel(?:<(?:\(\w+\))?(\d+)>)?")
 
 Kernel = tuple[str, int | None]
 

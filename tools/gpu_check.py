@@ -278,12 +278,13 @@ def parts_of(found: dict[str, Any], build: Path, folder: Path, dry: bool) -> lis
     environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     common: dict[str, Any] = {"environment": environment, "needs": ["build"]}
     tests = [python, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+    tests += ["--ignore", "tests/benchmarks"]  # the benchmarks have parts of their own
     calls = [python, str(ROOT / "tools" / "every_kernel.py")]
     benchmarks, sam, noise = ROOT / "benchmarks", folder / "sam_step.json", folder / "noise_step.json"
     on_device = ["--quick"] if dry else ["--device", "cuda", "--rounds", "10", "--runs", "1"]
     on_cpu = "on the CPU, with MNIST's shapes" if dry else ""
     return [
-        build_part(found, build, package, 135),
+        build_part(found, build, package, 110),
         Part(
             "selftest",
             "python -m flatmin: every operator against the reference",
@@ -294,7 +295,7 @@ def parts_of(found: dict[str, Any], build: Path, folder: Path, dry: bool) -> lis
         Part(
             "tests",
             "pytest -m cuda: bits, no waiting, graphs, streams, memory, mixed precision",
-            110,
+            90,
             [[*tests, "-q", "--collect-only"]] if dry else [[*tests, "-v", "--durations", "5"]],
             accepted=(0, 5) if dry else (0,),  # 5: all were left out
             note="collected only" if dry else "",
@@ -310,12 +311,12 @@ def parts_of(found: dict[str, Any], build: Path, folder: Path, dry: bool) -> lis
             summary=line_with("kernels launched", "operators called"),
             **common,
         ),
-        sanitizer_part("memcheck", calls, 40, common, dry),
-        sanitizer_part("racecheck", calls, 40, common, dry),
+        sanitizer_part("memcheck", calls, 25, common, dry),
+        sanitizer_part("racecheck", calls, 25, common, dry),
         Part(
             "sam_step",
             "benchmarks/sam_step.py, each time beside the model's",
-            60,
+            125,
             [[python, str(benchmarks / "sam_step.py"), *on_device, "--no-compile", "--json", str(sam)]],
             note=on_cpu,
             summary=verdicts,
@@ -325,7 +326,7 @@ def parts_of(found: dict[str, Any], build: Path, folder: Path, dry: bool) -> lis
         Part(
             "noise_step",
             "benchmarks/noise_step.py, each time beside the model's",
-            30,
+            40,
             [[python, str(benchmarks / "noise_step.py"), *on_device, "--json", str(noise)]],
             note=on_cpu,
             summary=verdicts,

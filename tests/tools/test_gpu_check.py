@@ -240,12 +240,27 @@ def test_kernels_are_known_by_the_names_of_library_and_profile(tmp_path: Path) -
         "_Z14fm_fold_kernelPK6fm_sumlPS_i9fm_finishdPd",
         "_Z19fm_fold_rows_kernel14fm_cuda_launchi9fm_finishiPd",
     ]
+    mangled += [
+        "_Z22fm_plain_update_kernelIL9fm_update13EEv14fm_cuda_launch",
+        "_Z13fm_dot_kernelILi4EEv14fm_cuda_launchl",
+    ]
     library = tmp_path / "library"
     library.write_bytes(b"\0".join(name.encode() for name in mangled))
     profile = ["void fm_update_kernel<(fm_update)6>(fm_cuda_launch)", "void fm_reduce_kernel<2>(fm_cuda_launch)"]
     profile += ["fm_fold_kernel(fm_sum const*, long, fm_sum*, int, fm_finish, double, double*)"]
     profile += ["fm_fold_rows_kernel(fm_cuda_launch, int, fm_finish, int, double*)"]
+    profile += [
+        "void fm_plain_update_kernel<(fm_update)13>(fm_cuda_launch)",
+        "void fm_dot_kernel<4>(fm_cuda_launch, long)",
+    ]
     profile += ["void at::native::vectorized_elementwise_kernel<4>(int)"]
     found = every_kernel.kernels_of(library)
-    assert found == {("update", 6), ("reduce", 2), ("fold", None), ("fold_rows", None)}
+    assert found == {
+        ("update", 6),
+        ("reduce", 2),
+        ("fold", None),
+        ("fold_rows", None),
+        ("plain_update", 13),
+        ("dot", 4),
+    }
     assert every_kernel.launched(profile) == found

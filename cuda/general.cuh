@@ -1,4 +1,4 @@
-/* The device code of kernels.cu for one type of arithmetic; see csrc/cpu/kernels_real.h, its twin on the CPU. */
+/* The device code of rows.cuh for one type of arithmetic; see csrc/cpu/kernels_real.h, its twin on the CPU. */
 
 /* Elements that are loaded together: 16 or 32 bytes of any type that this arithmetic reads; and those whose arithmetic
  * is written out. The two halves of a vector share one text in a loop, which halves nvcc's time. */
