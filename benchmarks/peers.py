@@ -26,6 +26,7 @@ GROUP = 64  # limits.c takes this many elements at a time
 
 FLATMIN, PLAIN, OPS = "flatmin.SAM", "flatmin.SAM, plain base step", "flatmin.ops"
 CONTEXT = "flatmin.SAM, step after the context"
+GROUPS = "flatmin.SAM, a group per tensor"
 TEXTBOOK, COMPILED = "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
@@ -36,7 +37,7 @@ READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": T
 
 #: What a step reads and writes of all its elements, in passes over them: docs/traffic.md derives it. Of other rows it
 #: has no number.
-STREAMS = {FLATMIN: 10, CONTEXT: 12, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
+STREAMS = {FLATMIN: 10, CONTEXT: 12, GROUPS: 10, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
 
 
 # ---- builders: each makes one step of its kind over parameters that carry a gradient ----
@@ -73,6 +74,17 @@ def flatmin_context(params: list[Tensor]) -> Step:
     def step() -> None:
         optimizer.ascend()
         optimizer.restore()
+        optimizer.step()
+
+    return step
+
+
+def flatmin_groups(params: list[Tensor]) -> Step:
+    """As layer-wise options make them; here they are equal, so that each pass is one call."""
+    optimizer = flatmin.SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=LR, momentum=MOMENTUM), rho=RHO)
+
+    def step() -> None:
+        optimizer.ascend()
         optimizer.step()
 
     return step
@@ -187,6 +199,7 @@ def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builde
     rows: dict[str, Builder] = {
         FLATMIN: flatmin_fused,
         CONTEXT: flatmin_context,
+        GROUPS: flatmin_groups,
         PLAIN: flatmin_plain,
         OPS: flatmin_ops,
         TEXTBOOK: textbook,

@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FLATMIN_ROWS = {
     "flatmin.SAM",
     "flatmin.SAM, step after the context",
+    "flatmin.SAM, a group per tensor",
     "flatmin.SAM, plain base step",
     "flatmin.ops",
 }

@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from ..ops import _library
-from ._buckets import Bucket, with_gradient
+from ._buckets import Bucket, alike, params_of, with_gradient
 from ._wrapper import has_step_hooks
 from .lion import Lion
 
@@ -36,17 +36,22 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit."""
     if not might_fit(base):
         return False
-    plan_of = _PLANS[type(base)]
-    of_group: dict[int, list[Bucket]] = {}
+    plan_of, groups = _PLANS[type(base)], base.param_groups
+    of_groups: dict[tuple[int, ...], list[Bucket]] = {}
     for bucket in buckets:
-        of_group.setdefault(bucket.group, []).append(bucket)
+        of_groups.setdefault(bucket.groups, []).append(bucket)
+    left_out = set(range(len(groups))).difference(*of_groups)
+    if any(with_gradient(groups[index]["params"])[0] for index in left_out):
+        return False
     plans: list[tuple[Bucket, _Plan]] = []
-    for index, group in enumerate(base.param_groups):
-        pairs = _gradients(group, of_group.get(index, []))
+    for indices, own in of_groups.items():
+        if len(indices) > 1 and len(alike([groups[index] for index in indices], tuple(base.defaults))) > 1:
+            return False  # an option changed since the ascent
+        pairs = _gradients(groups, indices, own)
         if pairs is None:
             return False
         for bucket, grads in pairs:
-            plan = plan_of(base, group, bucket, grads)
+            plan = plan_of(base, groups[indices[0]], bucket, grads)
             if plan is None:
                 return False
             plans.append((bucket, plan))
@@ -74,12 +79,13 @@ def _step_is_plain(base: Optimizer) -> bool:
     return (patched is None or hasattr(patched, "_wrapped_by_lr_sched")) and not has_step_hooks(base)
 
 
-def _gradients(group: dict[str, Any], buckets: list[Bucket]) -> list[tuple[Bucket, list[Tensor]]] | None:
-    """The gradients of each of the ``buckets``; None unless the group has no others, and nothing asks for torch's own
-    step."""
-    params, grads = with_gradient(group["params"])
-    if not buckets:
-        return None if params else []
+def _gradients(
+    groups: Sequence[dict[str, Any]], indices: Sequence[int], buckets: list[Bucket]
+) -> list[tuple[Bucket, list[Tensor]]] | None:
+    """The gradients of each of the ``buckets``; None unless their groups, which have equal options, have no others, and
+    nothing asks for torch's own step."""
+    params, grads = with_gradient(params_of(groups, indices))
+    group = groups[indices[0]]
     if any(group.get(flag) for flag in _IMPLEMENTATIONS) or not all(map(_fits, buckets)):
         return None
     if not set(map(_layout, grads)) <= {torch.strided}:

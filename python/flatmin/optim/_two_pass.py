@@ -316,7 +316,7 @@ class TwoPass(Perturbing):
         if self._set.perturbed:
             return self._set.buckets
         if _fused.might_fit(self.base) and (self._ascended or _fused.has_bits_of_base(self.base)):
-            return self._set.at_rest(self._groups())
+            return self._set.at_rest(self._groups(), tuple(self.base.defaults))
         return []
 
     def _count_step(self) -> None:

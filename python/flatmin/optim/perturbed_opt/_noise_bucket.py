@@ -69,13 +69,13 @@ class NoiseBucket(Bucket):
 
     def __init__(
         self,
-        group: int,
+        groups: tuple[int, ...],
         params: list[Tensor],
         shards: tuple[ProcessGroup, ...] | None,
         states: list[ParameterState],
         settings: Settings,
     ) -> None:
-        super().__init__(group, params, shards)
+        super().__init__(groups, params, shards)
         self.settings = settings
         self.saved = False
         self.largest: Tensor | None = None

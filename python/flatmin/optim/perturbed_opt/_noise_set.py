@@ -92,7 +92,9 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         """Buckets are made anew: the states were replaced or split_up."""
         self._known.clear()
 
-    def new_bucket(self, group: int, params: list[Tensor], shards: tuple[ProcessGroup, ...] | None) -> NoiseBucket:
+    def new_bucket(
+        self, groups: tuple[int, ...], params: list[Tensor], shards: tuple[ProcessGroup, ...] | None
+    ) -> NoiseBucket:
         for p in params:
             if p.is_complex():
                 raise TypeError(f"a parameter of shape {tuple(p.shape)} is complex; PerturbedOPT needs real ones")
@@ -103,7 +105,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             )
         known = params[0] in self.states
         states = [self.states[p].fit(p, self.settings.beta1) for p in params] if known else []
-        return NoiseBucket(group, params, shards, states, self.settings)
+        return NoiseBucket(groups, params, shards, states, self.settings)
 
     def new_state(self, p: Tensor, correction: BiasCorrection | None = None) -> ParameterState:
         return ParameterState(
@@ -120,7 +122,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         found: list[NoiseBucket] = []
         for index, group in enumerate(groups):
             if can_move(group):
-                found += self.buckets_of(index, trained(group["params"])[0])
+                found += self.buckets_of((index,), trained(group["params"])[0])
         return found
 
     # -- noise ---------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             for position, bucket in enumerate(buckets):
                 if bucket.ready:
                     key = bucket.key(self.seed, draw, self._stream(bucket, position, len(buckets)))
-                    tally = self._move(bucket, groups[bucket.group], factor, key)
+                    tally = self._move(bucket, groups[bucket.groups[0]], factor, key)
                     self._tallies.append((tally, bucket.elements))
                     self.nonfinite.record(tally[2])
         except BaseException:
@@ -303,7 +305,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         if not split_up:
             seen: set[Any] = set()
             for bucket in self.known_buckets():
-                kind = (bucket.group, bucket.device, bucket.shards, bucket.correction.updates)
+                kind = (bucket.groups, bucket.device, bucket.shards, bucket.correction.updates)
                 split_up |= kind in seen
                 seen.add(kind)
         if split_up:

@@ -13,7 +13,7 @@ from ... import ops
 from ..._checks import check_radius
 from ..._devices import on_device
 from ..._distributed import combine, total
-from .._buckets import Bucket, PerturbedSet, name_of, trained, with_gradient
+from .._buckets import Bucket, PerturbedSet, alike, name_of, params_of, trained, with_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["AscentSet"]
 
 
-#: ``direction(params, grads)`` of the parameters of one group on one device.
+#: ``direction(params, grads)`` of the parameters of one group on one device (or of several, where it is SAM's own).
 Direction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -43,21 +43,32 @@ class AscentSet(PerturbedSet[Bucket]):
 
     Attributes:
         norm: gradient norm of the last ascent, float64 0-dim on the device of the first bucket; None before.
+        merges: whether groups with equal options share buckets.
     """
 
-    def __init__(self, p: float, eps: float, sync: str | ProcessGroup) -> None:
+    def __init__(self, p: float, eps: float, sync: str | ProcessGroup, merges: bool = False) -> None:
         super().__init__()
+        self.merges = merges
         self.q = ops.dual_exponent(p)
         self.eps = eps
         self.sync = () if isinstance(sync, str) else (sync,)
         self.norm: Tensor | None = None
 
-    def new_bucket(self, group: int, params: list[Tensor], shards: tuple[ProcessGroup, ...] | None) -> Bucket:
-        return Bucket(group, params, shards)
+    def new_bucket(
+        self, groups: tuple[int, ...], params: list[Tensor], shards: tuple[ProcessGroup, ...] | None
+    ) -> Bucket:
+        return Bucket(groups, params, shards)
+
+    def partition(
+        self, groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]
+    ) -> list[tuple[int, ...]]:
+        """``values``: of each group, beside its options."""
+        return alike(groups, keys, *values) if self.merges else super().partition(groups, keys)
 
     def ascend(
         self,
         groups: Sequence[dict[str, Any]],
+        keys: Sequence[str],
         radii: Sequence[float | Tensor],
         direction: Direction,
         key: tuple[int, int] | None,
@@ -68,11 +79,12 @@ class AscentSet(PerturbedSet[Bucket]):
 
         Args:
             groups: the base's.
+            keys: of a group's options: groups that differ in none of them move in one call.
             radii: one of each group.
             direction: what the ascent follows.
             key: (seed, number of the ascent), for stochastic rounding.
         """
-        moving = list(self._gather(groups, radii, direction))
+        moving = list(self._gather(groups, keys, radii, direction))
         self.buckets, self.perturbed = [m.bucket for m in moving], True
         try:
             in_one_call = self._is_whole(moving)
@@ -80,7 +92,7 @@ class AscentSet(PerturbedSet[Bucket]):
                 self.norm = self._norm(moving, groups)
             share = self._share(moving) if self.q == math.inf else None
             for position, m in enumerate(moving):
-                self._move(m, radii[m.bucket.group], share, key, position, in_one_call)
+                self._move(m, radii[m.bucket.groups[0]], share, key, position, in_one_call)
         except BaseException as error:
             self.restore()
             if isinstance(error, RuntimeError):
@@ -93,16 +105,22 @@ class AscentSet(PerturbedSet[Bucket]):
         return len(moving) == 1 and moving[0].bucket.shards is None and not self.sync and self.q != math.inf
 
     def _gather(
-        self, groups: Sequence[dict[str, Any]], radii: Sequence[float | Tensor], direction: Direction
+        self,
+        groups: Sequence[dict[str, Any]],
+        keys: Sequence[str],
+        radii: Sequence[float | Tensor],
+        direction: Direction,
     ) -> Iterator[Moving]:
-        for index, (group, rho) in enumerate(zip(groups, radii, strict=True)):
+        for index, rho in enumerate(radii):
             check_radius(f"param_groups[{index}]['sam_rho']", rho)
+        for indices in self.partition(groups, keys, radii):
+            group, rho = groups[indices[0]], radii[indices[0]]
             if not isinstance(rho, Tensor) and rho == 0.0:
                 continue
             options = {"adaptive": group["sam_adaptive"], "eta": group["sam_eta"]}
             ops.scaling_code(options["adaptive"])
-            params, grads = trained(*with_gradient(group["params"]))  # frozen after a backward pass
-            for bucket in self.buckets_of(index, params):
+            params, grads = trained(*with_gradient(params_of(groups, indices)))  # frozen after a backward pass
+            for bucket in self.buckets_of(indices, params):
                 whole = bucket.shards is None and len(bucket.params) == len(params)
                 own = grads if whole else bucket.local_grads()
                 yield Moving(bucket, bucket.local(), list(direction(bucket.local(), own)), options)

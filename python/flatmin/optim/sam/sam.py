@@ -58,7 +58,8 @@ class SAM(TwoPass):
         rho: radius, >= 0, usually 0.01 to 0.5 (ASAM: 0.5 to 2). A float, or a 0-dim tensor that may change without
             synchronisation or recompilation. 0 is the bare optimizer to the last bit. It is stored in each group as
             ``sam_rho`` (Adadelta owns the key ``rho``), where schedulers can drive it and a group can have its own; a
-            group whose ``sam_rho`` is 0 is neither moved nor part of the norm.
+            group whose ``sam_rho`` is 0 is neither moved nor part of the norm. Groups with equal options are one list
+            to the operators: same bits and same speed as one group.
         adaptive: True or "asam" scales ``e`` by ``T = |w| + eta`` for parameters of more than one dimension,
             "davda54" by ``|w|`` for all, "big_vision" by ``|w|`` with the norm of the plain gradient. Per group:
             ``sam_adaptive``.
@@ -131,7 +132,9 @@ class SAM(TwoPass):
         group_defaults = {"sam_rho": own["rho"], "sam_adaptive": scaling, "sam_eta": own["eta"]}
         if own["rounding"] == "stochastic":
             group_defaults |= {"sam_seed": torch.initial_seed(), "sam_ascents": 0}
-        ascent = AscentSet(own["p"], own["eps"], own["sync"])
+        # A direction is of one group; and a group's random numbers do not depend on the others' options.
+        merges = type(self).direction is SAM.direction and own["rounding"] == "nearest"
+        ascent = AscentSet(own["p"], own["eps"], own["sync"], merges)
         super().__init__(optimizer, group_defaults, ascent, **{name: own[name] for name in passes})
 
     @property
@@ -168,7 +171,8 @@ class SAM(TwoPass):
     def _move(self) -> bool:
         refuse_plain_rho(self.base)
         groups = self._groups()
-        return self._set.ascend(groups, list(map(self.radius, groups)), self.direction, self._next_key())
+        keys, radii = tuple(self.base.defaults), list(map(self.radius, groups))
+        return self._set.ascend(groups, keys, radii, self.direction, self._next_key())
 
     def _next_key(self) -> tuple[int, int] | None:
         """Seed and number of the ascent, for stochastic rounding."""

@@ -1,0 +1,216 @@
+"""Many parameter groups: those with equal options are one list to the operators, with the bits of one group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flatmin import GSAM, SAM
+from flatmin.ops import _library
+from models import same_bits
+
+BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+}
+STEPS = 4
+
+
+def parameters(dtypes: Sequence[torch.dtype] = (torch.float32,), count: int = 12) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(5,), (3, 4), (2, 3, 2, 2), (17,)]
+    return [nn.Parameter(torch.randn(shapes[i % 4], generator=g).to(dtypes[i % len(dtypes)])) for i in range(count)]
+
+
+def train(opt: SAM, params: Sequence[nn.Parameter], change: Callable[[int], None] = lambda step: None) -> None:
+    """Steps with gradients that depend on the weights, as those of a model do."""
+    for step in range(STEPS):
+        change(step)
+        opt.zero_grad()
+        for run in range(2):
+            loss = sum(((p.float() - i) ** 2).sum() * 0.01 * (i + 1) for i, p in enumerate(params))
+            assert isinstance(loss, Tensor)
+            if run == 0:
+                loss.backward()
+                opt.ascend()
+                opt.zero_grad()
+            else:
+                loss.backward()
+        opt.step()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each operator is called."""
+    counted: Counter[str] = Counter()
+
+    def counting(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            counted[name] += 1
+            return operator(*args)
+
+        return call
+
+    for name, operator in _library.OPERATORS.items():
+        monkeypatch.setitem(_library.OPERATORS, name, counting(name, operator))
+    return counted
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_groups_with_equal_options_have_the_bits_and_the_calls_of_one(
+    base: str, adaptive: bool, calls: Counter[str]
+) -> None:
+    results, counts = [], []
+    for grouped in (False, True):
+        params = parameters(count=159 if base == "sgd" else 12)
+        opt = SAM(BASES[base]([{"params": [p]} for p in params] if grouped else params), rho=0.1, adaptive=adaptive)
+        calls.clear()
+        train(opt, params)
+        results.append(params)
+        counts.append(dict(calls))
+    assert same_bits(*results)
+    assert counts[0] == counts[1]
+    assert set(counts[0].values()) == {STEPS}
+
+
+def test_two_weight_decays_are_two_steps_and_two_ascents_of_one_norm(calls: Counter[str]) -> None:
+    """Alternating, as weights and biases do."""
+    params = parameters()
+    groups = [{"params": [p], "weight_decay": 0.1 * (i % 2)} for i, p in enumerate(params)]
+    opt = SAM(torch.optim.SGD(groups, lr=0.1), rho=0.1)
+    train(opt, params)
+    assert calls == dict.fromkeys(("norm", "sam_ascend_", "restore_sgd_"), 2 * STEPS)
+    twins = parameters()
+    decayed = [{"params": twins[0::2], "weight_decay": 0.0}, {"params": twins[1::2], "weight_decay": 0.1}]
+    train(SAM(torch.optim.SGD(decayed, lr=0.1), rho=0.1), twins)
+    assert same_bits(params, twins)
+
+
+@pytest.mark.parametrize("key", ["sam_rho", "sam_adaptive", "sam_eta"])
+def test_options_of_the_ascent_part_groups_too(key: str) -> None:
+    """One norm spans all of them, and each moves by its own options: the textbook in float64."""
+    values: dict[str, tuple[Any, Any]] = {"sam_rho": (0.1, 0.3), "sam_adaptive": (False, True), "sam_eta": (0.1, 0.5)}
+    params = parameters((torch.float64,))
+    groups = [{"params": [p], key: values[key][i % 2]} for i, p in enumerate(params)]
+    opt = SAM(torch.optim.SGD(groups, lr=0.1), rho=0.1, adaptive=key == "sam_eta")
+    for p in params:
+        p.grad = torch.sin(p.detach())
+    before = [p.detach().clone() for p in params]
+    opt.ascend()
+
+    def scaling(p: Tensor, group: dict[str, Any]) -> Tensor:
+        return p.abs() + group["sam_eta"] if group["sam_adaptive"] and p.dim() > 1 else torch.ones_like(p)
+
+    scales = [scaling(p, group) for p, group in zip(before, opt.param_groups, strict=True)]
+    grads = [torch.sin(p) for p in before]
+    norm = torch.stack([(t * g).square().sum() for t, g in zip(scales, grads, strict=True)]).sum().sqrt()
+    for p, old, t, g, group in zip(params, before, scales, grads, opt.param_groups, strict=True):
+        torch.testing.assert_close(p.detach(), old + group["sam_rho"] * t * t * g / norm, rtol=1e-12, atol=1e-14)
+    opt.restore()
+    assert same_bits(params, before)
+    assert len(opt._set.buckets) == 2
+
+
+def test_one_tensor_as_radius_of_all_groups_keeps_them_together() -> None:
+    rho = torch.tensor(0.1)
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in parameters()], lr=0.1), rho=rho)
+    assert opt._set.partition(opt.param_groups, tuple(opt.defaults)) == [tuple(range(12))]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_groups_part_and_meet_again_as_their_options_change(base: str) -> None:
+    """A scheduler that moves some groups: as if each way of parting had always been so; between the ascent and the
+    step too."""
+
+    def changed_by(opt: SAM) -> Callable[[int], None]:
+        def change(step: int) -> None:
+            for index, group in enumerate(opt.param_groups):
+                group["lr"] = 0.01 * (1 + (index % 2) * (step % 3))
+
+        return change
+
+    results = []
+    for wrap in (SAM, OneByOne):
+        params = parameters()
+        opt = wrap(BASES[base]([{"params": [p]} for p in params]), rho=0.1)
+        train(opt, params, changed_by(opt))
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+class OneByOne(SAM):
+    """A method with a direction of its own, which is a function of one group."""
+
+    def direction(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert len(params) == 1
+        return grads
+
+
+def test_an_option_that_changes_between_ascent_and_step_counts() -> None:
+    params = parameters()
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    opt.ascend()
+    for index, group in enumerate(opt.param_groups):
+        group["lr"] = float(index)
+    opt.step()
+    for index, (p, old) in enumerate(zip(params, before, strict=True)):
+        torch.testing.assert_close(p.detach(), old - float(index))
+
+
+def test_groups_of_several_types_share_no_list() -> None:
+    """Their step would not fit one operator: here both take it."""
+    params = parameters((torch.float32, torch.float64))
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1)
+    train(opt, params)
+    assert {bucket.dtype for bucket in opt._set.buckets} == {torch.float32, torch.float64}
+    assert len(opt._set.buckets) == 2
+
+
+def test_stochastic_rounding_keeps_its_stream_for_each_group() -> None:
+    params = parameters((torch.bfloat16,))
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1, rounding="stochastic")
+    train(opt, params)
+    assert [bucket.groups for bucket in opt._set.buckets] == [(i,) for i in range(len(params))]
+
+
+def test_groups_come_and_go() -> None:
+    """Without gradients, frozen, excluded, added: the others step on."""
+    params = parameters(count=8)
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params[:7]], lr=0.1, momentum=0.9), rho=0.1)
+    twins = parameters(count=8)
+    other = OneByOne(torch.optim.SGD([{"params": [p]} for p in twins[:7]], lr=0.1, momentum=0.9), rho=0.1)
+
+    def changed_by(each: SAM, own: Sequence[nn.Parameter]) -> Callable[[int], None]:
+        def change(step: int) -> None:
+            own[3].requires_grad_(step != 1)
+            if step == 2:
+                each.param_groups[1]["sam_rho"] = 0.0
+                each.add_param_group({"params": [own[7]]})
+
+        return change
+
+    train(opt, params, changed_by(opt, params))
+    train(other, twins, changed_by(other, twins))
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)
+
+
+def test_gsam_has_the_bits_of_one_group() -> None:
+    results = []
+    for grouped in (False, True):
+        params = parameters()
+        sgd = torch.optim.SGD([{"params": [p]} for p in params] if grouped else params, lr=0.1)
+        train(GSAM(sgd, rho=0.1, alpha=0.3, rho_min=0.01, lr_max=0.2), params)
+        results.append(params)
+    assert same_bits(*results)
