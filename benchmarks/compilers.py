@@ -51,7 +51,7 @@ def steps(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Callab
         "ascend": lambda: ops.sam_ascend_(params, grads, backup, norm, 1e-6),
         "restore, SGD": lambda: ops.restore_sgd_(params, grads, buffers, backup, 1e-6, momentum=0.9),
         "restore, Adam": lambda: ops.restore_adam_(params, grads, buffers, squares, [], counts, backup, 1e-6),
-        "noise by curvature": lambda: ops.scaled_noise_(params, backup, key, law="normal", **sizes),
+        "noise by curvature": lambda: ops.scaled_noise_(params, backup, key, distribution="normal", **sizes),
         "pacgen": lambda: ops.pacgen(params, curvatures, gamma=0.1, eps=1e-3, lipschitz=1.0),
     }
 

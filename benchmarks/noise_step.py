@@ -99,7 +99,7 @@ def steps_of(shapes: Sequence[Shape], folder: Path, device: torch.device) -> dic
     sized: dict[str, Any] = {"gamma": GAMMA, "eps": EPS, "lipschitz": LIPSCHITZ}
 
     def noise() -> None:
-        ops.scaled_noise_(params, backup, key, law="normal", scale=SCALE, curvatures=curvatures, **sized)
+        ops.scaled_noise_(params, backup, key, distribution="normal", scale=SCALE, curvatures=curvatures, **sized)
         key.view(torch.int32)[2].add_(1)
 
     def normal() -> None:

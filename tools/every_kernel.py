@@ -126,7 +126,7 @@ def noise(x: Inputs) -> list[Tensor]:
     ]
     for law in ("uniform", "normal", "truncated_normal", "rademacher"):
         for way in ways:
-            found.append(ops.scaled_noise_(x.params, x.backup, x.key, law=law, **way))
+            found.append(ops.scaled_noise_(x.params, x.backup, x.key, distribution=law, **way))
             ops.restore_(x.params, x.backup)
     return found + x.params
 
@@ -134,7 +134,7 @@ def noise(x: Inputs) -> list[Tensor]:
 def probes(x: Inputs) -> list[Tensor]:
     drawn = x.make()
     for law in ("rademacher", "normal", "uniform"):
-        ops.probe_(drawn, x.key, law=law)
+        ops.probe_(drawn, x.key, distribution=law)
     return drawn
 
 
@@ -172,7 +172,10 @@ def labels(x: Inputs) -> list[Tensor]:
     index = torch.arange(5000, device=x.device).flip(0)
     found.append(ops.corrupt_labels(clean, x.key, 10, 0.5, index=index).float())
     for law in ("normal", "rademacher", "uniform"):
-        found += [ops.draw_samples(700, 3, x.key, law=law), ops.draw_samples(5000, 1, x.key, law=law, index=index)]
+        found += [
+            ops.draw_samples(700, 3, x.key, distribution=law),
+            ops.draw_samples(5000, 1, x.key, distribution=law, index=index),
+        ]
     return found
 
 

@@ -109,7 +109,7 @@ def largest_eigenvalue(model: nn.Module, loss_fn: Any, data: Any, *, iterations:
     quotient settles, so the number of iterations is fixed and the same for every model.
     """
     v = [torch.empty_like(p) for p in _trained(model)]
-    ops.probe_(v, ops.random_key(seed, 0, 1, v[0].device), law="normal")
+    ops.probe_(v, ops.random_key(seed, 0, 1, v[0].device), distribution="normal")
     quotient = math.nan
     for _ in range(iterations):
         torch._foreach_div_(v, float(ops.norm(v)))

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import flatmin
-from flatmin import curvature
+from flatmin import curvature, label_noise, ops
 from flatmin._deprecated import renamed_arguments, renamed_value
-from models import batches, small_net
+from models import batches, closure_of, small_net, weights
 
 Call = Callable[..., Any]
 
@@ -39,6 +40,44 @@ def _pacgen(**options: Any) -> Any:
     return flatmin.pacgen(small_net(), F.cross_entropy, batches(1), noise_samples=0, **options).psi
 
 
+def _noise(**options: Any) -> Any:
+    w = [torch.zeros(9)]
+    ops.scaled_noise_(w, ops.backup_like(w), ops.random_key(1), eps=1.0, **options)
+    return w[0].tolist()
+
+
+def _probe(**options: Any) -> Any:
+    w = [torch.zeros(9)]
+    ops.probe_(w, ops.random_key(1), **options)
+    return w[0].tolist()
+
+
+def _samples(**options: Any) -> Any:
+    return ops.draw_samples(3, 2, ops.random_key(1), **options).tolist()
+
+
+def _regression(**options: Any) -> Any:
+    return repr(flatmin.RegressionNoise(1.0, **options))
+
+
+def _gradient_noise(**options: Any) -> Any:
+    noise = flatmin.LabelNoise(3, 0.2, "uniform", generator=torch.Generator().manual_seed(0))
+    return label_noise.gradient_noise(small_net(), F.cross_entropy, batches(1), noise, **options).variance
+
+
+def _training(**options: Any) -> Any:
+    """Weights after steps of PerturbedOPT. An old name in both spellings of an argument, plain and with its prefix."""
+    net, generator = small_net(), torch.Generator().manual_seed(2)
+    opt = flatmin.PerturbedOPT(net.parameters(), torch.optim.SGD, lr=0.1, generator=generator, **options)
+    for batch in batches(3):
+        opt.step(closure_of(net, opt, batch))
+    return torch.cat([w.flatten() for w in weights(net)]).tolist()
+
+
+def _squares(params: list[Tensor]) -> list[Tensor]:
+    return [p.detach() ** 2 for p in params]
+
+
 def _lipschitz_probes(**options: Any) -> Any:
     return curvature.lipschitz(small_net(), F.cross_entropy, batches(1), **options)
 
@@ -50,6 +89,15 @@ OLD: dict[str, tuple[Call, str, str, Any]] = {
     "lipschitz, diag": (_lipschitz, "diag", "curvature", "squared_gradient"),
     "lipschitz, probes": (_lipschitz_probes, "probes", "curvature_samples", 2),
     "expected_sharpness": (_sharpness, "law", "distribution", "uniform"),
+    "scaled_noise_": (_noise, "law", "distribution", "normal"),
+    "probe_": (_probe, "law", "distribution", "normal"),
+    "draw_samples": (_samples, "law", "distribution", "rademacher"),
+    "RegressionNoise": (_regression, "law", "distribution", "normal"),
+    "gradient_noise": (_gradient_noise, "draws", "samples", 2),
+    "PerturbedOPT, dist": (_training, "dist", "distribution", "normal"),
+    "PerturbedOPT, popt_dist": (_training, "popt_dist", "popt_distribution", "normal"),
+    "PerturbedOPT, hessian": (_training, "hessian", "curvature", _squares),
+    "PerturbedOPT, draws": (_training, "draws", "samples", 2),
     "pacgen": (_pacgen, "samples", "curvature_samples", 2),
 }
 
@@ -82,6 +130,27 @@ def test_old_values() -> None:
         warnings.simplefilter("error")
         assert configure("element") == "element"
         assert renamed_value("curvature", [Tensor()], {"grad2": "squared_gradient"})[0].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [("curvature", "grad2", "squared_gradient"), ("lipschitz", "global", "max")]
+)
+def test_old_values_of_perturbed_opt(name: str, old: str, new: str) -> None:
+    expected = _training(**{name: new})
+    with pytest.warns(DeprecationWarning, match=f"{name}='{old}' is now '{new}'") as caught:
+        assert _training(**{name: old}) == expected
+    assert caught[0].filename == __file__
+
+
+def test_the_interval_by_its_old_name() -> None:
+    net = small_net()
+    with pytest.warns(DeprecationWarning, match="hessian_interval= is now curvature_interval="):
+        opt = flatmin.PerturbedOPT(
+            torch.optim.SGD(net.parameters(), lr=0.1),
+            curvature="gnb",
+            hessian_interval=3,  # type: ignore[call-arg]
+        )
+    assert [opt._interval, opt._set.settings.curvature] == [3, "gnb"]
 
 
 def test_constructors_take_old_names_too() -> None:

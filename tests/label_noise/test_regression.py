@@ -54,7 +54,7 @@ def test_a_resumed_run_draws_on() -> None:
     other = RegressionNoise(1.0, "normal")
     other.load_state_dict(state)
     assert torch.equal(other(y), second) and other.seed == noise.seed
-    assert repr(noise) == "RegressionNoise(sigma=1.0, law='normal')"
+    assert repr(noise) == "RegressionNoise(sigma=1.0, distribution='normal')"
 
 
 def test_a_gradient_flows_through_nothing() -> None:
@@ -67,7 +67,7 @@ def test_a_gradient_flows_through_nothing() -> None:
     [
         (lambda: RegressionNoise(-1.0), ValueError, "sigma: -1.0"),
         (lambda: RegressionNoise(float("inf")), ValueError, "sigma: inf"),
-        (lambda: RegressionNoise(1.0, "cauchy"), ValueError, "law: 'cauchy'"),
+        (lambda: RegressionNoise(1.0, "cauchy"), ValueError, "distribution: 'cauchy'"),
         (lambda: RegressionNoise(1.0)(torch.zeros(3, dtype=torch.int64)), TypeError, "targets: torch.int64"),
         (lambda: RegressionNoise(1.0)([1.0]), TypeError, "targets: list"),
         (lambda: RegressionNoise(1.0)(torch.zeros(3), index=torch.arange(4)), ValueError, r"index: shape \(4,\)"),

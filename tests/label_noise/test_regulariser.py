@@ -165,7 +165,7 @@ def test_trace_of_the_noise() -> None:
     data = [(torch.ones(8, 1, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)) for _ in range(50)]
     noise = LabelNoise(3, 0.3, "exclude_true", generator=seeded())
     before = noise.state_dict()
-    found = label_noise.gradient_noise(model, nn.functional.cross_entropy, data, noise, draws=20)
+    found = label_noise.gradient_noise(model, nn.functional.cross_entropy, data, noise, samples=20)
     assert found.trace.samples == 1000 and 0.0 < found.trace.stderr < 0.05
     assert abs(found.trace.value - 0.465) < 4 * found.trace.stderr
     # each batch is the same one: its gradients differ by the noise alone
@@ -188,7 +188,7 @@ def test_trace_of_regression_noise() -> None:
     x = torch.full((16, 1), 3.0)
     noise = RegressionNoise(0.5, generator=seeded())
     found = label_noise.gradient_noise(
-        model, lambda a, b: 0.5 * (a - b).square().mean(), [(x, x)] * 100, noise, draws=5
+        model, lambda a, b: 0.5 * (a - b).square().mean(), [(x, x)] * 100, noise, samples=5
     )
     assert abs(found.trace.value - 0.25 * 9.0) < 4 * found.trace.stderr
     with pytest.raises(TypeError, match="noise: LabelNoise"):

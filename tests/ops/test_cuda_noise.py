@@ -43,7 +43,9 @@ def test_operators_of_the_noise_do_not_wait(place: torch.device | None) -> None:
     key, corrections = ops.random_key(1, device=DEVICE), torch.ones(2, dtype=torch.float64, device=DEVICE)
 
     def run() -> None:
-        ops.scaled_noise_(params, backup, key, law="normal", scale=scale, gamma=0.1, curvatures=h, lipschitz=scale)
+        ops.scaled_noise_(
+            params, backup, key, distribution="normal", scale=scale, gamma=0.1, curvatures=h, lipschitz=scale
+        )
         ops.restore_sgd_curvature_(params, grads, buffers, h, [], backup, scale, corrections, momentum=0.9)
         ops.curvature_(h, grads, decay=0.9)
         ops.probe_(grads, key)
@@ -56,7 +58,9 @@ def test_operators_of_the_noise_do_not_wait(place: torch.device | None) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("options", [{}, {"lipschitz": "element"}, {"sizing": "filter", "dist": "normal"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lipschitz": "element"}, {"sizing": "filter", "distribution": "normal"}], ids=str
+)
 def test_a_step_under_noise_does_not_wait(options: dict[str, Any], base: str) -> None:
     """Nor does the question whether something was not finite, which is asked a step or two late."""
     net, batch = mlp(), data()
@@ -71,7 +75,7 @@ def test_a_step_under_noise_does_not_wait(options: dict[str, Any], base: str) ->
 def test_captured_noise_is_drawn_anew_at_each_replay() -> None:
     """The key is advanced on the device, within the graph."""
     weights, h = ([filled((4097,), torch.float32, seed).abs_().to(DEVICE)] for seed in (1, 2))
-    options: dict[str, Any] = {"law": "normal", "scale": 0.5, "gamma": 0.5, "eps": 0.25, "curvatures": h}
+    options: dict[str, Any] = {"distribution": "normal", "scale": 0.5, "gamma": 0.5, "eps": 0.25, "curvatures": h}
     params, backup, key = [weights[0].clone()], ops.backup_like(weights), ops.random_key(3, device=DEVICE)
     noisy = torch.empty_like(weights[0])
 

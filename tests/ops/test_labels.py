@@ -81,7 +81,7 @@ def test_a_table_is_the_reference(classes: int, indexed: bool) -> None:
 def test_draws_are_the_reference(count: int, inner: int, law: str, indexed: bool) -> None:
     key = ops.random_key(2**64 - 1, 6, 1)
     index = torch.randint(2**40, (count,), generator=torch.Generator().manual_seed(1)) if indexed else None
-    got = ops.draw_samples(count, inner, key, law=law, index=index)
+    got = ops.draw_samples(count, inner, key, distribution=law, index=index)
     want = reference.draw_samples(NONE if index is None else index, key, count, inner, _labels._LAWS[law])
     assert got.shape == want.shape == (count, inner) and got.dtype == want.dtype == torch.float32
     # a radius of Box and Muller near 0 is the root of 24 bits of float32; the bits are tested against probe_ below
@@ -108,7 +108,7 @@ def test_words_are_those_of_the_other_operators() -> None:
     flips = ops.corrupt_labels(torch.zeros(100, dtype=torch.int64), key, 2, 0.25) == 1
     assert torch.equal(flips, words < 2**30)
     probe = [torch.empty(100)]
-    ops.probe_(probe, key, law="normal")
+    ops.probe_(probe, key, distribution="normal")
     assert torch.equal(ops.draw_samples(100, 1, key).view(-1), probe[0])
 
 
@@ -188,8 +188,8 @@ def test_out_is_not_the_labels() -> None:
 
 @pytest.mark.parametrize("law", ["truncated_normal", "cauchy"])
 def test_draws_of_an_unknown_law(law: str) -> None:
-    with pytest.raises(ValueError, match="law"):
-        ops.draw_samples(3, 1, ops.random_key(1), law=law)
+    with pytest.raises(ValueError, match="distribution"):
+        ops.draw_samples(3, 1, ops.random_key(1), distribution=law)
 
 
 def test_without_a_kernel_the_reference_runs_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ def drawn(law: str, cut: float = 1.0) -> Tensor:
     params = [torch.zeros(N)]
     backup, key = ops.backup_like(params), ops.random_key(*KEY)
     if law == "truncated_normal":
-        ops.scaled_noise_(params, backup, key, law=law, curvatures=[torch.full((N,), cut**2)], eps=1.0)
+        ops.scaled_noise_(params, backup, key, distribution=law, curvatures=[torch.full((N,), cut**2)], eps=1.0)
         return params[0].double() * cut
-    ops.scaled_noise_(params, backup, key, law=law, eps=1.0)
+    ops.scaled_noise_(params, backup, key, distribution=law, eps=1.0)
     return params[0].double()
 
 
@@ -119,7 +119,7 @@ def test_tensors_draws_streams_and_seeds_are_independent(law: str) -> None:
     samples = []
     for key in keys:
         tensors = [torch.empty(n), torch.empty(n)]
-        ops.probe_(tensors, key, law=law)
+        ops.probe_(tensors, key, distribution=law)
         samples += [t.double() for t in tensors]
     for i, a in enumerate(samples):
         for b in samples[:i]:

@@ -95,7 +95,7 @@ def check_noise(start: Problem, law: str, key: Tensor, **options: Any) -> Tensor
     backup = got.backup()
     curvatures, lipschitz = options.get("curvatures"), options.get("lipschitz", 0.0)
     gamma, eps, scale = options.get("gamma", 0.0), options.get("eps", 0.0), options.get("scale", 1.0)
-    tally = ops.scaled_noise_(got.params, backup, key, law=law, **options)
+    tally = ops.scaled_noise_(got.params, backup, key, distribution=law, **options)
     total = capped = slack = 0.0
     for r, (p, w) in enumerate(zip(got.params, start.params, strict=True)):
         unit = arithmetic_eps(w.dtype)
@@ -155,7 +155,7 @@ def test_noise_of_given_sizes(dtype: torch.dtype) -> None:
     params = [w.clone()]
     backup = ops.backup_like(params)
     expanded, key = [sizes.expand(w.shape)], ops.random_key(3)
-    tally = ops.scaled_noise_(params, backup, key, law="rademacher", scale=0.5, sizes=expanded)
+    tally = ops.scaled_noise_(params, backup, key, distribution="rademacher", scale=0.5, sizes=expanded)
     moved = (params[0].double() - w.double()).abs()
     # half a unit in the last place of w + u, where |w + u| < 8
     assert (moved - 0.5 * sizes.double()).abs().max().item() <= 4 * torch.finfo(dtype).eps
@@ -170,7 +170,9 @@ def test_filter_noise_has_the_norm_of_the_filter() -> None:
     assert norms.shape == (8, 1, 1)
     params = [w.clone()]
     sizes = [norms.float().expand(w.shape)]
-    ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(1), law="normal", scale=0.01, sizes=sizes)
+    ops.scaled_noise_(
+        params, ops.backup_like(params), ops.random_key(1), distribution="normal", scale=0.01, sizes=sizes
+    )
     spread = (params[0] - w).double().flatten(1).std(dim=1)
     assert ((spread / (0.01 * norms.flatten()) - 1).abs() <= 5 / math.sqrt(2 * 4096)).all()
 
@@ -182,7 +184,14 @@ def test_nothing_leaves_the_neighbourhood(law: str, dtype: torch.dtype) -> None:
     w, h = filled((300_000,), dtype, 1), filled((300_000,), dtype, 2).abs() * 100
     params = [w.clone()]
     ops.scaled_noise_(
-        params, ops.backup_like(params), ops.random_key(9), law=law, curvatures=[h], gamma=0.1, eps=0.1, lipschitz=1.0
+        params,
+        ops.backup_like(params),
+        ops.random_key(9),
+        distribution=law,
+        curvatures=[h],
+        gamma=0.1,
+        eps=0.1,
+        lipschitz=1.0,
     )
     n = 0.1 * w.double().abs() + 0.1
     room = torch.finfo(dtype).eps * (w.double().abs() + n)
@@ -195,7 +204,7 @@ def test_a_negative_scale_is_the_other_side(law: str) -> None:
     sides = []
     for scale in (0.25, -0.25):
         params = [torch.zeros(5000)]
-        ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(6), law=law, scale=scale, eps=1.0)
+        ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(6), distribution=law, scale=scale, eps=1.0)
         sides.append(params[0])
     assert torch.equal(sides[0], -sides[1]) and sides[0].abs().max() > 0
 
@@ -259,7 +268,9 @@ def test_a_broken_curvature_moves_no_weight(law: str, dtype: torch.dtype) -> Non
     bad = [0, 17, 4095, 4096, 4999]
     h[bad] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf, torch.nan], dtype=dtype)
     params = [w.clone()]
-    tally = ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(2), law=law, curvatures=[h], eps=10.0)
+    tally = ops.scaled_noise_(
+        params, ops.backup_like(params), ops.random_key(2), distribution=law, curvatures=[h], eps=10.0
+    )
     assert tally.tolist() == [0.5 * 4995, 0.0, 5.0]
     assert same_bytes(params[0][bad], w[bad])
     plain, one = [w.clone()], torch.ones((), dtype=torch.float64)
@@ -278,7 +289,7 @@ def test_golden_sizes() -> None:
     h = torch.tensor([200.0, 400.0, 50.0, -0.3], dtype=torch.float64)
     params = [w.clone()]
     sized = {"curvatures": [h], "lipschitz": 5.0, "gamma": 0.1, "eps": 0.1}
-    tally = ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(0), law="rademacher", **sized)
+    tally = ops.scaled_noise_(params, ops.backup_like(params), ops.random_key(0), distribution="rademacher", **sized)
     expected = torch.tensor([0.07053456, 0.04995319, 0.125, 0.1], dtype=torch.float64)
     assert ((params[0] - w).abs() - expected).abs().max().item() <= 5e-9
     assert tally[0].item() == pytest.approx(expected.sum().item(), abs=2e-8)
@@ -294,7 +305,7 @@ def test_probes_are_the_documented_draws(law: str, dtype: torch.dtype) -> None:
     lengths = (5000, 0, 3, 1027)
     tensors = [torch.full((n,), torch.nan, dtype=dtype) for n in lengths]
     key = ops.random_key(2**63 + 11, 5, 9)
-    ops.probe_(tensors, key, law=law)
+    ops.probe_(tensors, key, distribution=law)
     for i, t in enumerate(tensors):
         want, off = unit_draws(law, key, i, t.double(), t.double())
         assert_within(t, want.to(dtype), off + arithmetic_eps(dtype) * want.abs())
@@ -306,8 +317,8 @@ def test_probes_are_the_noise(start: Problem, law: str) -> None:
     zeros = [torch.zeros_like(p) for p in start.params]  # dense, in the order of p
     probes = twins(zeros)
     key = ops.random_key(4, 4)
-    ops.scaled_noise_(zeros, ops.backup_like(zeros), key, law=law, eps=1.0)
-    ops.probe_(probes, key, law=law)
+    ops.scaled_noise_(zeros, ops.backup_like(zeros), key, distribution=law, eps=1.0)
+    ops.probe_(probes, key, distribution=law)
     assert all(same_bytes(z, v) for z, v in zip(zeros, probes, strict=True))
 
 
@@ -631,7 +642,9 @@ def test_options_are_checked() -> None:
     backup, key = ops.backup_like(t), ops.random_key(1)
     wrong = [torch.ones(3)]
     calls: dict[str, Callable[[], object]] = {
-        "law: 'gaussian' given; give one of": lambda: ops.scaled_noise_(t, backup, key, law="gaussian"),
+        "distribution: 'gaussian' given; give one of": lambda: ops.scaled_noise_(
+            t, backup, key, distribution="gaussian"
+        ),
         "gamma: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, gamma=-1.0),
         "gamma: 'x' given": lambda: ops.scaled_noise_(t, backup, key, gamma="x"),  # type: ignore[arg-type]
         "scale: -1.0 given": lambda: ops.scaled_noise_(t, backup, key, scale=-1.0, curvatures=t),
@@ -645,7 +658,7 @@ def test_options_are_checked() -> None:
         "lipschitz: 'global' given": lambda: ops.pacgen(t, t, lipschitz="global"),  # type: ignore[arg-type]
         r"curvatures\[0\] has other sizes": lambda: ops.scaled_noise_(t, backup, key, curvatures=wrong, eps=1.0),
         r"sizes\[0\] has other sizes": lambda: ops.scaled_noise_(t, backup, key, sizes=wrong),
-        "law: 'truncated_normal' has no size": lambda: ops.probe_(t, key, law="truncated_normal"),
+        "distribution: 'truncated_normal' has no size": lambda: ops.probe_(t, key, distribution="truncated_normal"),
         "source: 'cube' given; give one of": lambda: ops.curvature_(t, t, decay=0.5, source="cube"),
         "source_scale: nan given": lambda: ops.curvature_(t, t, decay=0.5, source_scale=NAN),
         "key: missing": lambda: ops.curvature_(t, t, decay=0.5, source="probed"),

@@ -53,7 +53,7 @@ def test_both_sides_draw_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = 5 * torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)[0] ** 2
     found = curvature.gnb_diag(net, F.cross_entropy, (x, y)).value[0]
     assert torch.allclose(found, expected, rtol=1e-5)
-    opt = PerturbedOPT(torch.optim.SGD(net.parameters(), lr=0.1), hessian="gnb", beta1=0.0)
+    opt = PerturbedOPT(torch.optim.SGD(net.parameters(), lr=0.1), curvature="gnb", beta1=0.0)
     opt.update_curvature(lambda: net(x))
     state = opt._set.states[net.weight]
     assert torch.allclose(state.curvature, expected, rtol=1e-5)

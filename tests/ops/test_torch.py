@@ -208,7 +208,14 @@ def noise_step(
     """A whole step under noise, with the averages that the next one needs."""
     h, lipschitz = [b.abs() for b in buffers], [b.abs() for b in buffers]
     tally = ops.scaled_noise_(
-        params, backup, ops.random_key(2**63 + 3, 4, 1), law="normal", curvatures=h, lipschitz=rho, gamma=0.1, eps=0.1
+        params,
+        backup,
+        ops.random_key(2**63 + 3, 4, 1),
+        distribution="normal",
+        curvatures=h,
+        lipschitz=rho,
+        gamma=0.1,
+        eps=0.1,
     )
     again = [g + 0.5 * p for p, g in zip(params, grads, strict=True)]
     corrections = torch.tensor([2.0, 1.5], dtype=torch.float64)

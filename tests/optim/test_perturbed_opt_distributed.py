@@ -52,11 +52,11 @@ def _replicas_stay_equal(rank: int, sync: str) -> None:
     assert distance(weights(net), weights(small_net())) > 0.1
 
 
-def _estimates_are_averaged(rank: int, hessian: str) -> None:
+def _estimates_are_averaged(rank: int, source: str) -> None:
     net = small_net(torch.float64)
-    opt = noisy(net, hessian=hessian, sync=dist.group.WORLD, beta1=0.0)
+    opt = noisy(net, curvature=source, sync=dist.group.WORLD, beta1=0.0)
     params, batch = list(net.parameters()), halves(batches(1, torch.float64)[0], rank)
-    if hessian == "hutchinson":
+    if source == "hutchinson":
         opt.update_curvature(lambda: loss_of(net, batch))
         probes = [torch.empty_like(p) for p in params]
         ops.probe_(probes, ops.random_key(opt._set.seed, 0, 2**15))
@@ -68,7 +68,7 @@ def _estimates_are_averaged(rank: int, hessian: str) -> None:
     else:
         opt.update_curvature(lambda: net(batch[0]))
         uniform = torch.empty(4, 3)
-        ops.probe_([uniform], ops.random_key(opt._set.seed, 0, 2**15 + rank), law="uniform")
+        ops.probe_([uniform], ops.random_key(opt._set.seed, 0, 2**15 + rank), distribution="uniform")
         logits = net(batch[0])
         labels = (logits.detach().float() - (-(0.5 * uniform + 0.5).log()).log()).argmax(1)
         grads = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), params)
@@ -82,8 +82,8 @@ def _estimates_are_averaged(rank: int, hessian: str) -> None:
 def _replicas(rank: int) -> None:
     for sync in ("common", "per_rank"):
         _replicas_stay_equal(rank, sync)
-    for hessian in ("hutchinson", "gnb"):
-        _estimates_are_averaged(rank, hessian)
+    for source in ("hutchinson", "gnb"):
+        _estimates_are_averaged(rank, source)
 
 
 def test_replicas_with_common_noise_and_with_their_own() -> None:
@@ -113,7 +113,7 @@ def _shards_average_as_the_whole(data: list[Batch]) -> None:
 
 
 def _shards_draw_for_themselves(rank: int, data: list[Batch]) -> None:
-    net, opt = _sharded(lipschitz="global")
+    net, opt = _sharded(lipschitz="max")
     run(net, opt, data)
     before = [p.to_local().detach().clone() for p in net.parameters()]
     with opt.perturb():
@@ -157,7 +157,7 @@ def _shards(rank: int) -> None:
     _shards_draw_for_themselves(rank, data)
     for full in (False, True):
         _shards_resume(data, full, lipschitz="element")
-        _shards_resume(data, full, hessian=_squares, hessian_interval=1)
+        _shards_resume(data, full, curvature=_squares, curvature_interval=1)
 
 
 def test_shards_of_fsdp2() -> None:

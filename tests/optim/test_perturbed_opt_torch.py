@@ -47,11 +47,11 @@ def squares(params: list[Tensor]) -> list[Tensor]:
 RUNS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {}),
     (torch.optim.Adam, {}),
-    (torch.optim.SGD, {"lipschitz": "element", "dist": "truncated_normal", "schedule": "log", "draws": 2}),
-    (torch.optim.Adam, {"lipschitz": 2.0, "dist": "normal", "start": 2}),
-    (torch.optim.SGD, {"hessian": squares, "hessian_interval": 2}),
-    (torch.optim.Adam, {"hessian": "hutchinson", "hessian_interval": 2, "lipschitz": "element"}),
-    (torch.optim.SGD, {"hessian": "gnb", "hessian_interval": 3}),
+    (torch.optim.SGD, {"lipschitz": "element", "distribution": "truncated_normal", "schedule": "log", "samples": 2}),
+    (torch.optim.Adam, {"lipschitz": 2.0, "distribution": "normal", "start": 2}),
+    (torch.optim.SGD, {"curvature": squares, "curvature_interval": 2}),
+    (torch.optim.Adam, {"curvature": "hutchinson", "curvature_interval": 2, "lipschitz": "element"}),
+    (torch.optim.SGD, {"curvature": "gnb", "curvature_interval": 3}),
 ]
 
 
@@ -65,9 +65,9 @@ def new_run(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[
 def go_on(net: nn.Module, opt: PerturbedOPT, data: list[Any], way: Any, options: dict[str, Any]) -> None:
     """Train, with epochs of two batches."""
     for n, batch in enumerate(data):
-        if options.get("hessian") == "gnb":
+        if options.get("curvature") == "gnb":
             opt.update_curvature(lambda batch=batch: net(batch[0]))
-        if options.get("hessian") == "hutchinson":
+        if options.get("curvature") == "hutchinson":
             opt.update_curvature(lambda batch=batch: loss_of(net, batch))
         way(net, opt, batch)
         if n % 2:
@@ -362,7 +362,7 @@ def test_statistics_of_perturbed_passes_count_only_without_model() -> None:
 @pytest.mark.filterwarnings("error:model. BatchNorm")
 def test_statistics_follow_the_clean_forwards_of_the_loop() -> None:
     net, follower = norm_net(), norm_net()
-    opt = PerturbedOPT(momentum_sgd(net), model=net, hessian="gnb", hessian_interval=1)
+    opt = PerturbedOPT(momentum_sgd(net), model=net, curvature="gnb", curvature_interval=1)
     for batch in batches(4):
         follower.load_state_dict({k: v for k, v in net.state_dict().items() if "running" not in k}, strict=False)
         for module in (net, follower):

@@ -46,17 +46,17 @@ def _one_thread(restore_threads: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dist", "base", "lipschitz", "log"),
+    ("distribution", "base", "lipschitz", "log"),
     [
-        ("uniform", "sgd", "global", False),
+        ("uniform", "sgd", "max", False),
         ("uniform", "adam", "element", True),
         ("truncated_normal", "sgd", "element", True),
-        ("truncated_normal", "adam", "global", False),
+        ("truncated_normal", "adam", "max", False),
         ("normal", "sgd", 0.5, True),
     ],
 )
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
-def test_the_trajectory_is_popt_1(dist: str, base: str, lipschitz: str | float, log: bool, way) -> None:
+def test_the_trajectory_is_popt_1(distribution: str, base: str, lipschitz: str | float, log: bool, way) -> None:
     data = batches(8, torch.float64) * 3
     ours, theirs = small_net(torch.float64), small_net(torch.float64)
     optimizer = (
@@ -65,9 +65,14 @@ def test_the_trajectory_is_popt_1(dist: str, base: str, lipschitz: str | float, 
         else torch.optim.Adam(ours.parameters(), lr=0.01)
     )
     generator = torch.Generator().manual_seed(7)
-    options = {"dist": dist, "lipschitz": lipschitz, "schedule": "log" if log else None, "generator": generator}
+    options = {
+        "distribution": distribution,
+        "lipschitz": lipschitz,
+        "schedule": "log" if log else None,
+        "generator": generator,
+    }
     opt = PerturbedOPT(optimizer, **options, **MIXED)
-    popt = Popt1(theirs, next(seeds()), base, dist, lipschitz, log)
+    popt = Popt1(theirs, next(seeds()), base, distribution, lipschitz, log)
     for n, batch in enumerate(data):
         popt.epoch = opt.epoch = 1 + n // 8
         way(ours, opt, batch)
@@ -102,7 +107,7 @@ FUSED = [
 
 
 @pytest.mark.parametrize(("cls", "options"), FUSED, ids=str)
-@pytest.mark.parametrize("lipschitz", ["global", "element"])
+@pytest.mark.parametrize("lipschitz", ["max", "element"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-11)], ids=str)
 def test_the_fused_step_is_the_plain_one(cls, options, lipschitz, dtype, bound, monkeypatch) -> None:
     results = []
@@ -149,7 +154,7 @@ def test_what_is_fused_and_what_is_left_to_the_base(monkeypatch: pytest.MonkeyPa
     assert fused(torch.optim.AdamW)
     assert not fused(torch.optim.Adadelta)
     assert not fused(prepare=lambda base: base.register_step_pre_hook(lambda *_: None))
-    assert fused(hessian=lambda params: [torch.ones_like(p) for p in params])  # with SAM's operator
+    assert fused(curvature=lambda params: [torch.ones_like(p) for p in params])  # with SAM's operator
 
 
 @pytest.mark.parametrize("off", [{"scale": 0.0}, {"gamma": 0.0, "eps": 0.0}], ids=str)
@@ -185,7 +190,7 @@ def test_draws_average_the_gradients_of_as_many_noises(base: str) -> None:
     for by_hand in (True, False):
         net = small_net(torch.float64)
         optimizer = momentum_sgd(net) if base == "sgd" else torch.optim.Adam(net.parameters(), lr=0.01)
-        opt = PerturbedOPT(optimizer, draws=3, generator=torch.Generator().manual_seed(7), **MIXED)
+        opt = PerturbedOPT(optimizer, samples=3, generator=torch.Generator().manual_seed(7), **MIXED)
         for batch in data:
             if not by_hand:
                 loss = opt.step(closure_of(net, opt, batch))
@@ -237,7 +242,7 @@ def quadratic() -> tuple[nn.Parameter, Tensor]:
 def test_hutchinson_averages_probed_products() -> None:
     weight, a = quadratic()
     generator = torch.Generator().manual_seed(7)
-    opt = PerturbedOPT(sgd([weight]), hessian="hutchinson", hessian_interval=2, beta1=0.9, generator=generator)
+    opt = PerturbedOPT(sgd([weight]), curvature="hutchinson", curvature_interval=2, beta1=0.9, generator=generator)
     h, updates, made = torch.zeros(5, dtype=torch.float64), 0, []
     held = weight.grad = torch.ones_like(weight)
     for step in range(4):
@@ -257,7 +262,7 @@ def test_hutchinson_averages_probed_products() -> None:
 
 def test_hutchinson_of_parameters_that_the_loss_is_linear_in_or_without() -> None:
     a, b, c = params_of([2.0], [3.0], [4.0])
-    opt = PerturbedOPT(sgd([a, b, c]), hessian="hutchinson", beta1=0.0)
+    opt = PerturbedOPT(sgd([a, b, c]), curvature="hutchinson", beta1=0.0)
     assert opt.update_curvature(lambda: (a**3).sum() + b.sum())
     assert [t.item() for t in curvatures(opt)] == [12.0, 0.0]
     assert sorted(opt.state_dict()["noise"]["state"]) == [0, 1]
@@ -265,13 +270,13 @@ def test_hutchinson_of_parameters_that_the_loss_is_linear_in_or_without() -> Non
 
 def test_gnb_squares_the_gradient_for_labels_of_the_models_own() -> None:
     net, (inputs, _) = small_net(torch.float64), batches(1, torch.float64)[0]
-    opt = PerturbedOPT(sgd(net.parameters()), hessian="gnb", beta1=0.0)
+    opt = PerturbedOPT(sgd(net.parameters()), curvature="gnb", beta1=0.0)
     state = torch.get_rng_state()
     assert opt.update_curvature(lambda: net(inputs))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
     uniform = torch.empty(8, 3)
-    ops.probe_([uniform], ops.random_key(opt._set.seed, 0, 2**15), law="uniform")
+    ops.probe_([uniform], ops.random_key(opt._set.seed, 0, 2**15), distribution="uniform")
     logits = net(inputs)
     labels = (logits.detach().float() - (-(0.5 * uniform + 0.5).log()).log()).argmax(1)
     grads = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), list(net.parameters()))
@@ -280,7 +285,7 @@ def test_gnb_squares_the_gradient_for_labels_of_the_models_own() -> None:
 
 def test_gnb_labels_follow_the_softmax() -> None:
     weight = nn.Parameter(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-    opt = PerturbedOPT(sgd([weight]), hessian="gnb", beta1=0.0)
+    opt = PerturbedOPT(sgd([weight]), curvature="gnb", beta1=0.0)
     n = 20000
     opt.update_curvature(lambda: weight.expand(n, 3))
     p = weight.detach().softmax(0)
@@ -288,16 +293,18 @@ def test_gnb_labels_follow_the_softmax() -> None:
     assert float((curvatures(opt)[0] / (p * (1 - p))).max()) < 16.0
 
 
-@pytest.mark.parametrize("lipschitz", ["global", "element"])
+@pytest.mark.parametrize("lipschitz", ["max", "element"])
 def test_a_callable_is_asked_for_its_estimates(lipschitz: str) -> None:
     weight, a = quadratic()
     asked: list[list[Tensor]] = []
 
-    def hessian(params: list[Tensor]) -> list[Tensor]:
+    def curvature(params: list[Tensor]) -> list[Tensor]:
         asked.append([p.detach().clone() for p in params])
         return [p.detach() ** 2 for p in params]
 
-    opt = PerturbedOPT(sgd([weight]), hessian=hessian, hessian_interval=3, beta1=0.5, beta2=0.25, lipschitz=lipschitz)
+    opt = PerturbedOPT(
+        sgd([weight]), curvature=curvature, curvature_interval=3, beta1=0.5, beta2=0.25, lipschitz=lipschitz
+    )
     points = []
     for _ in range(7):
         opt.zero_grad()
@@ -316,5 +323,5 @@ def test_a_callable_is_asked_for_its_estimates(lipschitz: str) -> None:
         last = w
     noise = opt.state_dict()["noise"]
     assert distance([noise["state"][0]["curvature"]], [h]) < 1e-14
-    ours = noise["rho"].expand(5) if lipschitz == "global" else noise["state"][0]["lipschitz"]
+    ours = noise["rho"].expand(5) if lipschitz == "max" else noise["state"][0]["lipschitz"]
     assert float(((ours - rho) / rho).abs().max()) < 1e-12

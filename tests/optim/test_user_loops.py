@@ -239,7 +239,7 @@ def test_same_rng_says_when_it_saw_no_first_pass() -> None:
 @pytest.mark.parametrize("result", [lambda x: (x, 1.0), lambda x: {"loss": x, "n": 2, "name": "a"}, lambda x: [x, x]])
 def test_draws_average_whatever_a_closure_returns(result: Callable[[Tensor], Any]) -> None:
     net, data = small_net(), batches(3)
-    opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2)
+    opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, samples=2)
     for batch in data:
         before = weights(net)
         seen: list[Tensor] = []
@@ -267,7 +267,7 @@ def test_weights_come_back_when_the_averaging_fails(place: str, monkeypatch: pyt
         raise MemoryError
 
     net, (batch,) = small_net(), batches(1)
-    opt, before = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2), weights(net)
+    opt, before = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, samples=2), weights(net)
     monkeypatch.setattr(perturbed_opt, place, fails)
     with pytest.raises(MemoryError):
         opt.step(closure_of(net, opt, batch))
@@ -288,12 +288,12 @@ def test_weights_come_back_when_the_base_fails(monkeypatch: pytest.MonkeyPatch) 
 # ---- closures of trainers ----
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_an_empty_closure_is_none(draws: int) -> None:
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_empty_closure_is_none(samples: int) -> None:
     """Lightning's manual optimization passes a closure that does nothing to every step."""
     nets = [small_net(), small_net()]
     for net, arguments in zip(nets, [(), (lambda: None,)], strict=True):
-        opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=draws, generator=seeded())
+        opt = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, samples=samples, generator=seeded())
         for batch in batches(3):
             opt.zero_grad()
             with opt.perturb():
@@ -326,7 +326,7 @@ def test_a_closure_that_adds_to_earlier_micro_batches_is_refused() -> None:
     with pytest.raises(RuntimeError, match="added its gradient to one that was there"):
         opt.step(lambda: backward(net, data[1]))
     assert same_bits(weights(net), before)
-    noise = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, draws=2)
+    noise = PerturbedOPT(sgd(net.parameters()), sizing="isotropic", scale=0.1, samples=2)
     with pytest.raises(RuntimeError, match="added its gradient to one that was there"):
         noise.step(lambda: backward(net, data[1]))
     assert same_bits(weights(net), before)
@@ -440,16 +440,16 @@ def test_an_unscaled_second_loss_steps_without_the_scaler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hessian", "advice"),
+    ("curvature", "advice"),
     [
         ("gnb", "call opt.update_curvature"),
         ("hutchinson", "call opt.update_curvature"),
         (lambda params: [None] * len(params), "the function has returned None"),
     ],
 )
-def test_an_estimator_that_is_never_fed_says_so_once(hessian: Any, advice: str) -> None:
+def test_an_estimator_that_is_never_fed_says_so_once(curvature: Any, advice: str) -> None:
     net = small_net()
-    opt = PerturbedOPT(sgd(net.parameters()), hessian=hessian)
+    opt = PerturbedOPT(sgd(net.parameters()), curvature=curvature)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for batch in batches(5):

@@ -250,8 +250,8 @@ def test_the_operator_draws_the_law_of_the_bound() -> None:
     w = [torch.full((count,), 1.0, dtype=torch.float64)]
     sigma, n = 1 / math.sqrt(eta * h), 0.2
     ops.scaled_noise_(
-        w, ops.backup_like(w), ops.random_key(1), law="truncated_normal", scale=1 / math.sqrt(eta), gamma=0.1, eps=0.1,
-        curvatures=[torch.full((count,), h)],
+        w, ops.backup_like(w), ops.random_key(1), distribution="truncated_normal", scale=1 / math.sqrt(eta),
+        gamma=0.1, eps=0.1, curvatures=[torch.full((count,), h)],
     )  # fmt: skip
     squares = (w[0] - 1.0) ** 2
     one = noise_bound(f64(1.0), f64(h), 0.0).truncated_normal(eta)

@@ -192,8 +192,8 @@ def test_the_scale_of_the_best_noise(law: str, scale: float) -> None:
     bound = NoiseBound(w, h, rho / root, gamma=0.1, eps=0.1, loss=0.0, samples=50, delta=0.05)
     moved = [w[0].clone()]
     ops.scaled_noise_(
-        moved, ops.backup_like(moved), ops.random_key(1), law=law, scale=scale / math.sqrt(eta), gamma=0.1, eps=0.1,
-        curvatures=h, lipschitz=rho / root * root / 3,
+        moved, ops.backup_like(moved), ops.random_key(1), distribution=law, scale=scale / math.sqrt(eta),
+        gamma=0.1, eps=0.1, curvatures=h, lipschitz=rho / root * root / 3,
     )  # fmt: skip
     squares = (moved[0] - w[0]) ** 2
     expected = getattr(bound, law)(eta).rise / (0.5 * count * (9.0 + rho * 0.2 / 3))

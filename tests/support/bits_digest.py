@@ -202,10 +202,10 @@ def noise(dtype: torch.dtype) -> dict[str, str]:
         for way, options in ways.items():
             params = tensors(4, dtype)
             backup = ops.backup_like(params).zero_()
-            tally = ops.scaled_noise_(params, backup, key, law=law, **options)
+            tally = ops.scaled_noise_(params, backup, key, distribution=law, **options)
             results[f"noise {law} {way}"] = digest([*params, backup, tally])
         if law != "truncated_normal":
-            ops.probe_(params, key, law=law)
+            ops.probe_(params, key, distribution=law)
             results[f"probe {law}"] = digest(params)
     results["pacgen"] = digest([ops.pacgen(tensors(4, dtype), curvatures, gamma=0.1, eps=0.25, lipschitz=lipschitz)])
     results["filter norm"] = digest(ops.filter_norm(tensors(4, dtype)))
@@ -264,7 +264,7 @@ def samples(dtype: torch.dtype) -> dict[str, str]:
                 noisy = ops.corrupt_labels(labels, key, 1000, p, kind=kind, index=index)
                 results[f"labels {n}x{inner} {name} {kind}"] = digest([noisy])
             for law in ("uniform", "normal", "rademacher"):
-                drawn = ops.draw_samples(n, inner, key, law=law, index=index)
+                drawn = ops.draw_samples(n, inner, key, distribution=law, index=index)
                 results[f"draws {n}x{inner} {name} {law}"] = digest([drawn])
     return results
 

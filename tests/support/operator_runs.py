@@ -139,7 +139,7 @@ def noise(problem: Problem, law: str, per_element: bool) -> list[Tensor]:
         {"sizes": problem.grads, "scale": 0.25},
     ):
         run, backup = problem_on(problem.params[0].device, problem), problem.backup()
-        tally = ops.scaled_noise_(run.params, backup, key, law=law, **options)
+        tally = ops.scaled_noise_(run.params, backup, key, distribution=law, **options)
         results += [*run.params, backup, tally]
     results.append(ops.pacgen(problem.params, problem.grads, gamma=0.5, eps=0.25, lipschitz=lipschitz))
     return results + ops.filter_norm(problem.params)

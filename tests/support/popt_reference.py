@@ -55,7 +55,7 @@ def curvatures(opt: PerturbedOPT) -> list[Tensor]:
 def draws_of(t: Tensor, seed: int, draw: int, position: int, law: str = "uniform", stream: int = 0) -> Tensor:
     """The numbers that a tensor of the list gets."""
     xi = torch.empty_like(t, requires_grad=False)
-    ops.probe_([t.new_empty(0)] * position + [xi], ops.random_key(seed, draw, stream), law=law)
+    ops.probe_([t.new_empty(0)] * position + [xi], ops.random_key(seed, draw, stream), distribution=law)
     return xi
 
 
@@ -64,7 +64,7 @@ def truncated_draws(a: Tensor, seed: int, draw: int, position: int) -> Tensor:
     tensors = [a.new_empty(0)] * position + [a.clone()]
     options: dict[str, Any] = {"gamma": 1.0, "curvatures": [torch.ones_like(t) for t in tensors]}
     key = ops.random_key(seed, draw)
-    ops.scaled_noise_(tensors, ops.backup_like(tensors), key, law="truncated_normal", **options)
+    ops.scaled_noise_(tensors, ops.backup_like(tensors), key, distribution="truncated_normal", **options)
     return tensors[-1] - a
 
 
@@ -74,8 +74,17 @@ def truncated_draws(a: Tensor, seed: int, draw: int, position: int) -> Tensor:
 class Popt1:
     """POPT-1 around an SGD with momentum and weight decay, or around Adam, in plain torch and float64."""
 
-    def __init__(self, net: nn.Module, seed: int, base: str, dist: str, lipschitz: str | float, log: bool) -> None:
-        self.net, self.seed, self.base, self.dist, self.lipschitz, self.log = net, seed, base, dist, lipschitz, log
+    def __init__(
+        self, net: nn.Module, seed: int, base: str, distribution: str, lipschitz: str | float, log: bool
+    ) -> None:
+        self.net, self.seed, self.base, self.distribution, self.lipschitz, self.log = (
+            net,
+            seed,
+            base,
+            distribution,
+            lipschitz,
+            log,
+        )
         self.params = list(net.parameters())
         self.h = [torch.zeros_like(p) for p in self.params]
         self.rho = [torch.full_like(p, 0.0 if isinstance(lipschitz, str) else lipschitz) for p in self.params]
@@ -89,9 +98,9 @@ class Popt1:
         c = (self.h[i] / (1.0 - MIXED["beta1"] ** self.t) + self.rho[i] * n).clamp(min=0.0)
         sigma = torch.minimum(MIXED["scale"] / c.sqrt(), n)
         self.capped.append(float((sigma == n).double().mean()))
-        if self.dist == "truncated_normal":
+        if self.distribution == "truncated_normal":
             return sigma * truncated_draws(n / sigma, self.seed, self.t - 1, i)
-        return sigma * draws_of(w, self.seed, self.t - 1, i, self.dist)
+        return sigma * draws_of(w, self.seed, self.t - 1, i, self.distribution)
 
     @torch.no_grad()
     def step(self, batch: Batch) -> None:
@@ -117,7 +126,7 @@ class Popt1:
         beta = MIXED["beta2"]
         largest = max((float(q.max()) for q in quotients), default=0.0)
         for i, q in enumerate(quotients):
-            if self.lipschitz == "global":
+            if self.lipschitz == "max":
                 self.rho[i] = beta * self.rho[i] + (1.0 - beta) * largest
             elif self.lipschitz == "element":
                 self.rho[i] = torch.where(q > 0.0, beta * self.rho[i] + (1.0 - beta) * q, self.rho[i])

@@ -153,7 +153,7 @@ class CurvatureOperator:
         with torch.no_grad():
             tensors = [torch.empty_like(p, dtype=self.work_dtype) for p in self.params]
         for part in self.parts:
-            ops.probe_(part.of(tensors), part.key(seed, draw, purpose), law=law)
+            ops.probe_(part.of(tensors), part.key(seed, draw, purpose), distribution=law)
         return self.flatten(tensors)
 
     # -- products --------------------------------------------------------------------------------------------------
@@ -367,5 +367,5 @@ def random_vector(A: SymmetricOperator, seed: int, draw: int, purpose: int, law:
     if isinstance(A, CurvatureOperator):
         return A.probe(seed, draw, purpose, law)
     v = torch.empty(A.shape[0], dtype=A.dtype, device=A.device)
-    ops.probe_([v], ops.random_key(seed, draw, purpose << 8, A.device), law=law)
+    ops.probe_([v], ops.random_key(seed, draw, purpose << 8, A.device), distribution=law)
     return v

@@ -91,7 +91,7 @@ def lipschitz(
 
             def move(part: Part, backup: Tensor, draw: int = draw) -> None:
                 key = part.key(seed, draw, MOVES)
-                ops.scaled_noise_(part.of(m.params), backup, key, law=distribution, gamma=gamma, eps=eps)
+                ops.scaled_noise_(part.of(m.params), backup, key, distribution=distribution, gamma=gamma, eps=eps)
 
             with m.moved(move):
                 there = estimate()

@@ -130,7 +130,7 @@ class Probes:
             x = self._difference(keys)
         else:
             for part, key in zip(self.m.parts, keys, strict=True):
-                ops.probe_(part.of(self.vectors), key, law=self.distribution)
+                ops.probe_(part.of(self.vectors), key, distribution=self.distribution)
             x = self.m.hvp(self.vectors)
         if self.distribution == "rademacher":
             return Probed(x, "probed", keys)
@@ -143,14 +143,16 @@ class Probes:
         """In float32 at least: what noise adds to 16-bit weights is rounded with the sum, not before."""
         like = part.of(self.m.params)
         v = [torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in like]
-        ops.probe_(v, key, law=self.distribution)
+        ops.probe_(v, key, distribution=self.distribution)
         return v
 
     def _difference(self, keys: Sequence[Tensor]) -> list[Tensor]:
         m = self.m
 
         def move(scale: float, part: Part, backup: Tensor) -> None:
-            ops.scaled_noise_(part.of(m.params), backup, keys[part.stream], law=self.distribution, eps=1.0, scale=scale)
+            ops.scaled_noise_(
+                part.of(m.params), backup, keys[part.stream], distribution=self.distribution, eps=1.0, scale=scale
+            )
 
         return m.difference(partial(move, self.step), partial(move, -self.step), self.step)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
+from .._deprecated import renamed_arguments
 from ..curvature._measurement import LossFn, Measurement
 from ..curvature._probes import ScalarEstimate, scalar_estimate
 from ._label_noise import LabelNoise
@@ -34,6 +35,7 @@ class GradientNoise:
     variance: float
 
 
+@renamed_arguments(draws="samples")
 def gradient_noise(
     model: nn.Module,
     loss_fn: LossFn,
@@ -41,7 +43,7 @@ def gradient_noise(
     noise: LabelNoise | RegressionNoise,
     *,
     params: Iterable[Tensor] | None = None,
-    draws: int = 1,
+    samples: int = 1,
     progress: bool | None = None,
 ) -> GradientNoise:
     """The trace of the label noise in the gradients, and their variance (Damian, Ma and Lee 2021, arXiv 2106.06530).
@@ -51,19 +53,19 @@ def gradient_noise(
             :class:`LabelNoise` the loss takes class probabilities too, as torch's cross-entropy does: g_clean is the
             gradient at the noise's transition probabilities.
         noise: what is put on the targets. Its counters are afterwards what they were.
-        draws: passes over the data >= 1, each with fresh noise.
+        samples: passes over the data >= 1, each with fresh noise.
     """
-    check_int("draws", draws, 1)
+    check_int("samples", samples, 1)
     if not isinstance(noise, LabelNoise | RegressionNoise) or getattr(noise, "kind", None) in ("smooth", "gaussian"):
         raise TypeError(f"noise: {noise!r} given; give a LabelNoise that draws labels, or a RegressionNoise")
     rows = noise.transition_matrix if isinstance(noise, LabelNoise) else None
     state = noise.state_dict()
     traces: list[float] = []
     squares, passes = 0.0, 0
-    with Measurement(model, loss_fn, data, params, "label noise", draws, progress) as m:
+    with Measurement(model, loss_fn, data, params, "label noise", samples, progress) as m:
         mean = m.zeros()
         try:
-            for _ in range(draws):
+            for _ in range(samples):
                 for inputs, targets, size in m.batches():
                     mean_target = targets if rows is None else _mean_target(rows, targets, m)
                     outputs = m.model(inputs)  # one for both: the same dropout masks

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_one_of, check_size
+from .._deprecated import renamed_arguments
 from ._stream import Stream
 
 __all__ = ["RegressionNoise"]
@@ -22,14 +23,17 @@ class RegressionNoise:
 
     Args:
         sigma: standard deviation >= 0, in units of the targets.
-        law: of xi, "rademacher" (-1 or 1) or "normal".
+        distribution: of xi, "rademacher" (-1 or 1) or "normal".
         generator: to draw the seed from (once); by default torch's own.
     """
 
-    def __init__(self, sigma: float, law: str = "rademacher", *, generator: torch.Generator | None = None) -> None:
+    @renamed_arguments(law="distribution")
+    def __init__(
+        self, sigma: float, distribution: str = "rademacher", *, generator: torch.Generator | None = None
+    ) -> None:
         check_size("sigma", sigma)
-        check_one_of("law", law, ("rademacher", "normal"))
-        self.sigma, self.law = float(sigma), law
+        check_one_of("distribution", distribution, ("rademacher", "normal"))
+        self.sigma, self.distribution = float(sigma), distribution
         self._stream = Stream(generator)
 
     def __call__(self, targets: Tensor, *, index: Tensor | None = None) -> Tensor:
@@ -48,7 +52,9 @@ class RegressionNoise:
         samples = targets.numel() if index is None else index.numel()
         key = self._stream.key(index is not None, targets.device)
         flat = None if index is None else index.flatten()
-        xi = ops.draw_samples(samples, targets.numel() // max(samples, 1), key, law=self.law, index=flat)
+        xi = ops.draw_samples(
+            samples, targets.numel() // max(samples, 1), key, distribution=self.distribution, index=flat
+        )
         return targets + self.sigma * xi.view(targets.shape).to(targets.dtype)
 
     @property
@@ -72,4 +78,4 @@ class RegressionNoise:
         self._stream.load_state_dict(state)
 
     def __repr__(self) -> str:
-        return f"RegressionNoise(sigma={self.sigma}, law={self.law!r})"
+        return f"RegressionNoise(sigma={self.sigma}, distribution={self.distribution!r})"

@@ -31,10 +31,10 @@ def scaling_code(adaptive: bool | str) -> int:
     return _SCALING[adaptive]
 
 
-def distribution_code(law: str) -> int:
+def distribution_code(distribution: str) -> int:
     """The same for a distribution."""
-    check_one_of("law", law, _DISTRIBUTIONS)
-    return _DISTRIBUTIONS[law]
+    check_one_of("distribution", distribution, _DISTRIBUTIONS)
+    return _DISTRIBUTIONS[distribution]
 
 
 def source_code(source: str) -> int:

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from .. import reference
 from .._checks import check_one_of
+from .._deprecated import renamed_arguments
 from . import _library
 
 __all__ = ["corrupt_labels", "draw_samples"]
@@ -112,16 +113,19 @@ def corrupt_labels(
     return out
 
 
-def draw_samples(count: int, inner: int, key: Tensor, *, law: str = "normal", index: Tensor | None = None) -> Tensor:
+@renamed_arguments(law="distribution")
+def draw_samples(
+    count: int, inner: int, key: Tensor, *, distribution: str = "normal", index: Tensor | None = None
+) -> Tensor:
     """Random numbers of mean 0 for ``count`` samples of ``inner`` elements each: float32 [count, inner].
 
     Args:
         key: from :func:`random_key`; its device is that of the result.
-        law: "normal" or "rademacher" (-1 or 1), of variance 1, or "uniform" on (-1, 1).
+        distribution: "normal" or "rademacher" (-1 or 1), of variance 1, or "uniform" on (-1, 1).
         index: int64 [count], the numbers of the samples, with index * inner in [0, 2^50); None: 0, 1, 2, ...
     """
-    check_one_of("law", law, tuple(_LAWS))
+    check_one_of("distribution", distribution, tuple(_LAWS))
     if index is not None and tuple(index.shape) != (count,):
         raise ValueError(f"index: shape {tuple(index.shape)} given for {count} samples; give one number for each")
-    drawn: Tensor = _run("draw_samples", key.device, _index(index, key.device), key, count, inner, _LAWS[law])
+    drawn: Tensor = _run("draw_samples", key.device, _index(index, key.device), key, count, inner, _LAWS[distribution])
     return drawn

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_size
+from .._deprecated import renamed_arguments
 from .._devices import on_device
 from ._codes import distribution_code
 from ._curvature import lipschitz_of
@@ -39,13 +40,14 @@ def random_key(seed: int, draw: int = 0, stream: int = 0, device: torch.device |
     return on_device(torch.tensor(words, dtype=torch.int64), torch.device(device or "cpu")).view(torch.uint64)
 
 
+@renamed_arguments(law="distribution")
 @torch.no_grad()
 def scaled_noise_(
     params: Sequence[Tensor],
     backup: Tensor,
     key: Tensor,
     *,
-    law: str = "uniform",
+    distribution: str = "uniform",
     scale: float | Tensor = 1.0,
     gamma: float = 0.0,
     eps: float = 0.0,
@@ -69,8 +71,8 @@ def scaled_noise_(
         params: changed in place. Their old bytes go to ``backup``; :func:`restore_` brings them back.
         backup: from :func:`backup_like`.
         key: from :func:`random_key`. The noise is drawn in registers and never stored.
-        law: of ``xi``: "uniform" on (-1, 1); "normal"; "truncated_normal", the normal law of ``sigma_i xi_i`` cut at
-            ``N_i`` (at ``sigma_i`` where the size is not from curvatures); "rademacher", +1 or -1.
+        distribution: of ``xi``: "uniform" on (-1, 1); "normal"; "truncated_normal", the normal law of ``sigma_i xi_i``
+            cut at ``N_i`` (at ``sigma_i`` where the size is not from curvatures); "rademacher", +1 or -1.
         scale: float or 0-dim tensor; 0 moves nothing. With ``curvatures`` it is >= 0 and has the unit sqrt(loss). Else
             it has none, and its negative gives the other side of ``w``, as central differences need it.
         gamma, eps: >= 0; the neighbourhood ``N_i``.
@@ -86,7 +88,7 @@ def scaled_noise_(
     """
     if curvatures is not None and sizes is not None:
         raise ValueError("curvatures and sizes: both given, but the size of the noise comes from one of them")
-    code = distribution_code(law)
+    code = distribution_code(distribution)
     check_size("gamma", gamma)
     check_size("eps", eps)
     if not isinstance(scale, Tensor):
@@ -118,13 +120,16 @@ def scaled_noise_(
     return tally
 
 
+@renamed_arguments(law="distribution")
 @torch.no_grad()
-def probe_(tensors: Sequence[Tensor], key: Tensor, *, law: str = "rademacher") -> None:
+def probe_(tensors: Sequence[Tensor], key: Tensor, *, distribution: str = "rademacher") -> None:
     """Fill with independent draws of mean 0 and size 1: "rademacher", "normal" or "uniform", as in
     :func:`scaled_noise_`. The same key gives :func:`curvature_` and :func:`scaled_noise_` the same draws, so a probe
     need not be kept."""
-    if law == "truncated_normal":
-        raise ValueError("law: 'truncated_normal' has no size without a cut; give 'rademacher', 'normal' or 'uniform'")
-    code = distribution_code(law)
+    if distribution == "truncated_normal":
+        raise ValueError(
+            "distribution: 'truncated_normal' has no size without a cut; give 'rademacher', 'normal' or 'uniform'"
+        )
+    code = distribution_code(distribution)
     if tensors:
         run("probe_", tensors=tensors, key=key, law=code)

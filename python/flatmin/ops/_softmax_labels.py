@@ -18,6 +18,6 @@ def draw_labels(logits: Tensor, key: Tensor) -> Tensor:
     are: the same on every machine. Unlike ``torch.multinomial`` it takes NaN without a device-side assertion.
     """
     uniform = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    probe_([uniform], key, law="uniform")
+    probe_([uniform], key, distribution="uniform")
     gumbel = uniform.add_(1.0).mul_(0.5).log_().neg_().log_().neg_()
     return (logits.float() + gumbel).argmax(dim=1)

@@ -85,11 +85,11 @@ class Ball:
             # one more element for the radius: the share of a ball of radius r is r^size
             extra = torch.zeros(1, dtype=torch.float64, device=part.device)
             key = part.key(seed, draw, STARTS)
-            ops.probe_([*part.of(u), extra], key, law="uniform")
+            ops.probe_([*part.of(u), extra], key, distribution="uniform")
             if part.stream == 0:
                 share = 0.5 * (float(extra) + 1.0)
             if not self.flat:
-                ops.probe_(part.of(u), key, law="normal")
+                ops.probe_(part.of(u), key, distribution="normal")
         if self.flat:
             return [t.mul_(self.rho) for t in u]
         radius = self.rho * share ** (1.0 / sum(t.numel() for t in u))

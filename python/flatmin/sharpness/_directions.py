@@ -42,7 +42,7 @@ def random_direction(m: Measurement, seed: int, draw: int) -> list[Tensor]:
     """Normal, then :func:`filter_normalised`."""
     d = m.zeros()
     for part in m.parts:
-        ops.probe_(part.of(d), part.key(seed, draw, DIRECTIONS), law="normal")
+        ops.probe_(part.of(d), part.key(seed, draw, DIRECTIONS), distribution="normal")
     return filter_normalised(d, m.params)
 
 

@@ -71,7 +71,7 @@ def expected_sharpness(
     gamma, eps = check_neighbourhood(gamma, eps)
     passes = 1 + samples * (1 + bool(antithetic))
     with Measurement(model, loss_fn, data, params, "expected sharpness", passes, progress) as m:
-        noise: dict[str, Any] = {"law": distribution, "scale": float(scale), "gamma": gamma, "eps": eps}
+        noise: dict[str, Any] = {"distribution": distribution, "scale": float(scale), "gamma": gamma, "eps": eps}
         if curvatures is not None:
             noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)
         if sizes is not None:

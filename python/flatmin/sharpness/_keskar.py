@@ -122,7 +122,7 @@ class _Whole:
     def random(self, seed: int, draw: int) -> Tensor:
         u = self.m.zeros()
         for part in self.m.parts:
-            ops.probe_(part.of(u), part.key(seed, draw, STARTS), law="uniform")
+            ops.probe_(part.of(u), part.key(seed, draw, STARTS), distribution="uniform")
         return torch.cat([_vector(t) for t in u])
 
 
@@ -134,7 +134,7 @@ class _Subspace:
         self.columns = [m.zeros() for _ in range(dim)]
         for j, column in enumerate(self.columns):
             for part in m.parts:
-                ops.probe_(part.of(column), part.key(seed, j, DIRECTIONS), law="normal")
+                ops.probe_(part.of(column), part.key(seed, j, DIRECTIONS), distribution="normal")
         gram = torch.stack([self._products(column) for column in self.columns])
         # rank-deficient where there are more columns than weights
         coordinates = torch.linalg.pinv(gram, hermitian=True) @ self._products([p.detach() for p in m.params])
@@ -158,7 +158,7 @@ class _Subspace:
 
     def random(self, seed: int, draw: int) -> Tensor:
         z = torch.zeros(self.dim, dtype=torch.float64)
-        ops.probe_([z], ops.random_key(seed, draw, STARTS << 8), law="uniform")
+        ops.probe_([z], ops.random_key(seed, draw, STARTS << 8), distribution="uniform")
         return z
 
 

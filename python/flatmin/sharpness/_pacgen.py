@@ -156,7 +156,7 @@ def pacgen(
         uniform, truncated = bound.minimise(bound.uniform), bound.minimise(bound.truncated_normal)
         sharpness = None
         if noise_samples:
-            noise = {"law": "uniform", "scale": math.sqrt(3.0 / uniform.eta), "gamma": gamma, "eps": eps}
+            noise = {"distribution": "uniform", "scale": math.sqrt(3.0 / uniform.eta), "gamma": gamma, "eps": eps}
             noise |= {"curvatures": estimate.value, "lipschitz": _scaled(rho, math.sqrt(size) / 3.0)}
             sharpness = rises(m, loss, noise_samples, seed, noise)
         return PACGen(

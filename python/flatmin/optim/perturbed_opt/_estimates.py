@@ -31,7 +31,7 @@ def learn_from_gnb(noise: NoiseSet, groups: _Groups, closure: Callable[[], Tenso
     logits = closure()
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"closure: gave {given}, but hessian='gnb' needs logits of shape (predictions, classes)")
+        raise TypeError(f"closure: gave {given}, but curvature='gnb' needs logits of shape (predictions, classes)")
     # each rank draws for its own rows
     key = ops.random_key(noise.seed, noise.estimates, STREAMS + rank(), logits.device)
     labels = draw_labels(logits.detach(), key)
@@ -47,7 +47,7 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"closure: gave {given}, but hessian='hutchinson' needs the loss, with its graph")
+        raise TypeError(f"closure: gave {given}, but curvature='hutchinson' needs the loss, with its graph")
     first = torch.autograd.grad(loss, _params(buckets), create_graph=True, allow_unused=True)
     subsets, gradients = _subsets(noise, buckets, first)
     keys = [ops.random_key(noise.seed, noise.estimates, STREAMS + i, q.bucket.device) for i, q in enumerate(subsets)]
@@ -60,7 +60,7 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
     products: Sequence[Tensor] = [torch.zeros_like(p) for p in params]
     if pairs:
         outputs, vectors = zip(*pairs, strict=True)
-        with explained_double_backward("Give hessian='gnb', 'grad2' or a callable"):
+        with explained_double_backward("Give curvature='gnb', 'squared_gradient' or a callable"):
             products = torch.autograd.grad(outputs, params, vectors, materialize_grads=True)
     remaining = iter(products)
     sources = [[next(remaining) for _ in subset.params] for subset in subsets]
@@ -68,20 +68,20 @@ def learn_from_hutchinson(noise: NoiseSet, groups: _Groups, closure: Callable[[]
     noise.learn_from_estimates(subsets, sources, keys, source="probed")
 
 
-def learn_from_callable(noise: NoiseSet, groups: _Groups, hessian: Callable[[list[Tensor]], Any]) -> None:
-    """What ``hessian(params)`` returns, as it is."""
+def learn_from_callable(noise: NoiseSet, groups: _Groups, curvature: Callable[[list[Tensor]], Any]) -> None:
+    """What ``curvature(params)`` returns, as it is."""
     buckets = noise.gather(groups)
     params = _params(buckets)
     if not params:
         return
-    estimates = hessian(params)
+    estimates = curvature(params)
     if not isinstance(estimates, Sequence) or len(estimates) != len(params):
         given = f"{len(estimates)} tensors" if isinstance(estimates, Sequence) else type(estimates).__name__
-        raise TypeError(f"hessian: gave {given} for {len(params)} parameters; give one tensor, or None, for each")
+        raise TypeError(f"curvature: gave {given} for {len(params)} parameters; give one tensor, or None, for each")
     for p, estimate in zip(params, estimates, strict=True):
         if estimate is not None and (not isinstance(estimate, Tensor) or estimate.shape != p.shape):
             given = f"shape {tuple(estimate.shape)}" if isinstance(estimate, Tensor) else type(estimate).__name__
-            raise TypeError(f"hessian: gave {given} for a parameter of shape {tuple(p.shape)}")
+            raise TypeError(f"curvature: gave {given} for a parameter of shape {tuple(p.shape)}")
     subsets, sources = _subsets(noise, buckets, estimates)
     _average(sources, 1, _group(noise))
     noise.learn_from_estimates(subsets, sources, [None] * len(subsets), source="plain")
@@ -99,7 +99,8 @@ def _plain_buckets(noise: NoiseSet, groups: _Groups) -> list[NoiseBucket]:
     buckets = noise.gather(groups)
     if any(bucket.shards is not None for bucket in buckets):
         raise RuntimeError(
-            f"hessian: {noise.settings.hessian!r} cannot differentiate by sharded parameters; use 'grad2' or a callable"
+            f"curvature: {noise.settings.curvature!r} cannot differentiate by sharded parameters; use "
+            "'squared_gradient' or a callable"
         )
     return buckets
 

@@ -155,7 +155,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 bucket.forget_key()
 
     def _move(self, bucket: NoiseBucket, group: dict[str, Any], factor: float, key: Tensor) -> Tensor:
-        options: dict[str, Any] = {"law": self.settings.distribution}
+        options: dict[str, Any] = {"distribution": self.settings.distribution}
         if self.settings.curved:
             options |= {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
             options |= {"scale": group["popt_scale"], "lipschitz": self._lipschitz_of(bucket)}
@@ -289,7 +289,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             return
         q = combine([combine([each], math.inf, shards) for each, shards in largest], math.inf)
         self.nonfinite.record(~q.isfinite())
-        if self.settings.lipschitz != "global":
+        if self.settings.lipschitz != "max":
             return
         old = torch.zeros_like(q) if self.rho is None else on_device(self.rho, q.device)
         beta = self.settings.beta2

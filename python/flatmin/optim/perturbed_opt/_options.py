@@ -13,17 +13,17 @@ from .._arguments import check_model, check_patterns
 __all__ = ["check_options"]
 
 #: What only the noise of a curvature reads.
-_CURVATURE_ONLY = ("hessian", "gamma", "eps", "beta1", "beta2", "lipschitz", "min_step", "hessian_interval")
+_CURVATURE_ONLY = ("curvature", "gamma", "eps", "beta1", "beta2", "lipschitz", "min_step", "curvature_interval")
 
 
 def check_options(
     defaults: Mapping[str, Any],
     *,
-    dist: Any,
+    distribution: Any,
     sizing: Any,
     scale: Any,
     schedule: Any,
-    draws: Any,
+    samples: Any,
     sync: Any,
     generator: Any,
     start: Any,
@@ -32,16 +32,16 @@ def check_options(
     **own: Any,
 ) -> None:
     """``own``: what only ``sizing="curvature"`` reads. ``defaults``: of the constructor."""
-    check_one_of("dist", dist, ("uniform", "truncated_normal", "normal"))
+    check_one_of("distribution", distribution, ("uniform", "truncated_normal", "normal"))
     check_one_of("sizing", sizing, ("curvature", "filter", "tensor", "isotropic", "magnitude"))
     for name in _CURVATURE_ONLY if sizing != "curvature" else ():
         value = own[name]
         if value != defaults[name]:
             raise ValueError(f"{name}: {value!r} given, but only sizing='curvature' reads it, not {sizing!r}")
-    if not callable(own["hessian"]):
-        check_one_of("hessian", own["hessian"], ("grad2", "gnb", "hutchinson"), "a callable")
+    if not callable(own["curvature"]):
+        check_one_of("curvature", own["curvature"], ("squared_gradient", "gnb", "hutchinson"), "a callable")
     if isinstance(own["lipschitz"], str):
-        check_one_of("lipschitz", own["lipschitz"], ("global", "element"), "a float >= 0")
+        check_one_of("lipschitz", own["lipschitz"], ("max", "element"), "a float >= 0")
     else:
         check_size("lipschitz", own["lipschitz"])
     for name, value in (("gamma", own["gamma"]), ("eps", own["eps"]), ("scale", scale), ("min_step", own["min_step"])):
@@ -57,6 +57,6 @@ def check_options(
         raise TypeError(f"generator: {generator!r} given; give a torch.Generator of the CPU, or None")
     check_model(model, same_rng=False)
     check_patterns("exempt_buffers", exempt_buffers)
-    check_int("draws", draws, 1)
+    check_int("samples", samples, 1)
     check_int("start", start, 0)
-    check_int("hessian_interval", own["hessian_interval"], 1)
+    check_int("curvature_interval", own["curvature_interval"], 1)

@@ -19,7 +19,7 @@ class Settings(NamedTuple):
 
     distribution: str
     sizing: str
-    hessian: str | Callable[[list[Tensor]], Sequence[Tensor | None]]
+    curvature: str | Callable[[list[Tensor]], Sequence[Tensor | None]]
     lipschitz: str | float
     beta1: float
     beta2: float
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     @property
     def fed_by_steps(self) -> bool:
         """Whether the curvature is averaged from the gradients of the steps."""
-        return self.curved and self.hessian == "grad2"
+        return self.curved and self.curvature == "squared_gradient"
 
     @property
     def learns_rho(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_int, check_size
+from ..._deprecated import renamed_arguments, renamed_value
 from .._arguments import build_base, share_arguments
 from .._model_buffers import CleanBuffers, ModelBuffers
 from .._perturbing import Perturbing, accumulate
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["NoiseStats", "PerturbedOPT"]
+
+
+_OLD_NAMES = {
+    "dist": "distribution",
+    "hessian": "curvature",
+    "draws": "samples",
+    "hessian_interval": "curvature_interval",
+}
 
 
 class PerturbedOPT(Perturbing):
@@ -45,7 +55,7 @@ class PerturbedOPT(Perturbing):
 
         N_i     = (gamma |w_i| + eps) decay(T)
         sigma_i = min(scale / sqrt(max(hhat_i + rho N_i, 0)), N_i),   hhat = h / (1 - beta1^t)
-        u_i     = sigma_i xi_i,   xi of law `dist`;   g = gradient at w + u;   w restored bit for bit
+        u_i     = sigma_i xi_i,   xi of law `distribution`;   g = gradient at w + u;   w restored bit for bit
         h       <- beta1 h + (1 - beta1) g^2;   w <- base step with g
         rho     <- beta2 rho + (1 - beta2) max_i |hhat'_i - hhat_i| / |w'_i - w_i|
 
@@ -63,7 +73,8 @@ class PerturbedOPT(Perturbing):
       ...}``: the first part loads into the bare optimizer, both resume a run to the last bit, and the checkpoint of a
       bare optimizer loads too and begins the noise anew.
     * No host synchronisation. Memory: a copy of the parameters for the way back, and ``h`` in float32 at least; one
-      more for ``lipschitz="element"``, and for quotients that span several steps (``hessian`` other than "grad2").
+      more for ``lipschitz="element"``, and for quotients that span several steps (``curvature`` other than
+      "squared_gradient").
 
     Mixed precision: ``h`` has the scale of the loss squared, so it is fed after unscaling only. ``scaler.step(opt)``
     is as usual and a step that it skips changes nothing; it unscales for us, also if the base could by itself
@@ -79,11 +90,12 @@ class PerturbedOPT(Perturbing):
     Args:
         optimizer_or_params: the optimizer to wrap, or parameters as an optimizer takes them; then give ``base``.
         base: class of the optimizer to build around parameters.
-        dist: law of the noise: "uniform" on ``(-sigma, sigma)``; "truncated_normal", cut at ``N``; "normal", which
+        distribution: of the noise: "uniform" on ``(-sigma, sigma)``; "truncated_normal", cut at ``N``; "normal", which
             alone can move a weight by more than ``N``.
-        hessian: where ``h`` comes from. "grad2": the squared gradients of the steps. "gnb" and "hutchinson":
-            Gauss-Newton-Bartlett and Hutchinson estimates, through :meth:`update_curvature`. Or a function that is
-            called after every ``hessian_interval``-th step with the list of perturbed parameters, and returns one
+        curvature: where ``h`` comes from. "squared_gradient": the squared gradients of the steps. "gnb" and
+            "hutchinson": Gauss-Newton-Bartlett and Hutchinson estimates, through :meth:`update_curvature`. Or a
+            function that is called after every ``curvature_interval``-th step with the list of perturbed parameters,
+            and returns one
             estimate of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
         gamma, eps: the neighbourhood ``N``, >= 0. Per group: ``popt_gamma``, ``popt_eps``. Without noise (both 0, or
             ``scale`` 0) a group is left to the base, to the last bit.
@@ -92,28 +104,28 @@ class PerturbedOPT(Perturbing):
             sqrt(m) / 3`` for rho, m the number of weights. Per group: ``popt_scale``.
         beta1: decay of ``h``.
         beta2: decay of ``rho``.
-        lipschitz: Hessian-Lipschitz constant ``rho``, in units of loss / weight^3. "global": the largest quotient;
+        lipschitz: Hessian-Lipschitz constant ``rho``, in units of loss / weight^3. "max": the largest quotient;
             "element": one for each weight; or a constant >= 0.
         min_step: weights that moved by no more have no quotient. The default is the rounding unit of a float32 weight
             of 0.1: quotients of smaller steps are of rounding errors, and the global constant is their maximum.
         schedule: ``decay(T)`` of the epoch ``T``, see :attr:`epoch`. None is 1, "log" is ``1 / log(e - 1 + T)``, a
             function of the epoch gives its own.
-        draws: how often :meth:`step` with a closure draws and runs it.
+        samples: how often :meth:`step` with a closure draws and runs it.
         sizing: "curvature", or noise of a size that needs none, as settings of the same machinery. Its size is then
             ``scale decay(T)`` times: 1 ("isotropic"); ``|w_i|`` ("magnitude"); the 2-norm of the weight's filter, or of
             the tensor where it has fewer than two dimensions ("filter": LPF-SGD, arXiv 2201.08025, RWP, arXiv
-            2404.00357, with ``dist="normal"``); ``||w|| / sqrt(n)`` of its tensor, so that the noise of a tensor has a
-            size relative to it ("tensor", AWP's normalisation, arXiv 2004.05884). "truncated_normal" then cuts at
-            ``sigma``.
+            2404.00357, with ``distribution="normal"``); ``||w|| / sqrt(n)`` of its tensor, so that the noise of a
+            tensor has a size relative to it ("tensor", AWP's normalisation, arXiv 2004.05884). "truncated_normal" then
+            cuts at ``sigma``.
         model: module whose buffers (BatchNorm's statistics) must not see the perturbed weights. With no other pass
             something else has to count: a forward before :meth:`perturb`, ``with torch.no_grad(): model(x)``, or
             :func:`torch.optim.swa_utils.update_bn` before an evaluation. Without ``model`` the statistics follow the
             perturbed passes.
         sync: "common": the same noise on every rank, given the same seed; "per_rank": each its own. A process group is
-            "common", and averages estimates of ``hessian`` over it; squared gradients need that not.
+            "common", and averages estimates of ``curvature`` over it; squared gradients need that not.
         generator: of the CPU, to draw the seed from; by default it is :func:`torch.initial_seed`. torch's own
             generators are not touched: noise is a function of the seed and of counters that are in the checkpoint.
-        hessian_interval: steps from one estimate to the next, where ``hessian`` is not "grad2".
+        curvature_interval: steps from one estimate to the next, where ``curvature`` is not "squared_gradient".
         start: index of the first step with noise, >= 0. ``h`` is averaged before, too.
         base_kwargs: arguments of ``base``.
 
@@ -133,48 +145,54 @@ class PerturbedOPT(Perturbing):
     }
     _advice = "Compute the gradient within `with opt.perturb():`, or call opt.step(closure)"
 
+    @renamed_arguments(**_OLD_NAMES, **{f"popt_{old}": f"popt_{new}" for old, new in _OLD_NAMES.items()})
     def __init__(
         self,
         optimizer_or_params: Any,
         base: Callable[..., torch.optim.Optimizer] | None = None,
         *,
-        dist: str = "uniform",
-        hessian: str | Callable[[list[Tensor]], Sequence[Tensor | None]] = "grad2",
+        distribution: str = "uniform",
+        curvature: str | Callable[[list[Tensor]], Sequence[Tensor | None]] = "squared_gradient",
         gamma: float = 0.1,
         eps: float = 1e-5,
         scale: float = 1.0,
         beta1: float = 0.999,
         beta2: float = 0.1,
-        lipschitz: str | float = "global",
+        lipschitz: str | float = "max",
         min_step: float = 1e-8,
         schedule: str | Callable[[int], float] | None = None,
-        draws: int = 1,
+        samples: int = 1,
         sizing: str = "curvature",
         model: nn.Module | None = None,
         exempt_buffers: Sequence[str] = (),
         sync: str | ProcessGroup = "common",
         generator: torch.Generator | None = None,
-        hessian_interval: int = 10,
+        curvature_interval: int = 10,
         start: int = 0,
         **base_kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {"hessian": hessian, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
-        own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "hessian_interval": hessian_interval}
-        own |= {"dist": dist, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync, "draws": draws}
-        own |= {"generator": generator, "start": start, "model": model, "exempt_buffers": exempt_buffers}
-        share_arguments(PerturbedOPT.__init__, "popt_", own, base, base_kwargs)
-        check_options(PerturbedOPT.__init__.__kwdefaults__ or {}, **own)
+        curvature = renamed_value("curvature", curvature, {"grad2": "squared_gradient"}, stacklevel=3)
+        lipschitz = renamed_value("lipschitz", lipschitz, {"global": "max"}, stacklevel=3)
+        own: dict[str, Any] = {"curvature": curvature, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
+        own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "curvature_interval": curvature_interval}
+        own |= {"distribution": distribution, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync}
+        own |= {"samples": samples, "generator": generator, "start": start, "model": model}
+        own |= {"exempt_buffers": exempt_buffers}
+        init = inspect.unwrap(PerturbedOPT.__init__)
+        share_arguments(init, "popt_", own, base, base_kwargs)
+        check_options(init.__kwdefaults__ or {}, **own)
         optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
         group_defaults = {"popt_scale": own["scale"]}
         if own["sizing"] == "curvature":
             group_defaults |= {"popt_gamma": own["gamma"], "popt_eps": own["eps"]}
-        settings = Settings(own["dist"], *(own[name] for name in Settings._fields[1:]))
+        settings = Settings(own["distribution"], *(own[name] for name in Settings._fields[1:]))
         seed = torch.initial_seed()
         if own["generator"] is not None:
             seed = int(torch.randint(2**63 - 1, (), generator=own["generator"]))
         buffers = CleanBuffers(own["model"], own["exempt_buffers"]) if own["model"] is not None else None
         super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), buffers)
-        self._draws, self._start, self._interval = own["draws"], own["start"], own["hessian_interval"]
+        self._samples, self._start = own["samples"], own["start"]
+        self._interval = own["curvature_interval"]
         self._warned = False
 
     # -- the pass ----------------------------------------------------------------------------------------------------
@@ -222,9 +240,9 @@ class PerturbedOPT(Perturbing):
         """Restore the weights if they are perturbed, take the base's step, and update the curvature.
 
         Args:
-            closure: clears the gradients, computes them and returns the loss. It is called ``draws`` times, each under
-                its own noise, and the gradients are averaged; once where the optimizer is not :attr:`active`. If it
-                raises, the weights are restored.
+            closure: clears the gradients, computes them and returns the loss. It is called ``samples`` times, each
+                under its own noise, and the gradients are averaged; once where the optimizer is not :attr:`active`. If
+                it raises, the weights are restored.
 
         Returns:
             What ``closure`` returned, or the mean over the draws: the loss under noise, for there is no clean pass.
@@ -249,23 +267,23 @@ class PerturbedOPT(Perturbing):
         return False
 
     def _run_draws(self, closure: Closure) -> Any:
-        draws = self._draws if self.active else 1
+        samples = self._samples if self.active else 1
         losses, total = [], dict[Tensor, Tensor]()
-        for draw in range(draws):
+        for draw in range(samples):
             self.restore()  # but not after the last: the step may do that in passing
             self.ascend()
-            loss, record = self._run_closure(closure, adds_up=draws == 1)
+            loss, record = self._run_closure(closure, adds_up=samples == 1)
             if draw == 0 and record.untouched():  # the loop has computed the gradient: its noise is the last draw
                 self.restore()
                 self._set.take_back_draw()
                 return loss
-            if draws == 1:
+            if samples == 1:
                 return loss
             losses.append(loss)
             accumulate(total, self._take_grads())
         with torch.no_grad():
             for grad in total.values():
-                grad.div_(draws)
+                grad.div_(samples)
         self._put_grads(total)
         return _mean(losses)
 
@@ -285,9 +303,9 @@ class PerturbedOPT(Perturbing):
             self.base.step()
             if counts:
                 noise.learn_from_gradients(groups)
-        if counts and callable(noise.settings.hessian) and self._estimate_is_due():
+        if counts and callable(noise.settings.curvature) and self._estimate_is_due():
             with torch.enable_grad():
-                learn_from_callable(noise, groups, noise.settings.hessian)
+                learn_from_callable(noise, groups, noise.settings.curvature)
 
     def _count_step(self) -> None:
         noise = self._set
@@ -295,11 +313,11 @@ class PerturbedOPT(Perturbing):
         waits = noise.settings.curved and not noise.settings.fed_by_steps and not noise.states
         if waits and not self._warned and noise.steps >= self._start + 2 and any(map(can_move, self._groups())):
             self._warned = True
-            hessian = noise.settings.hessian
+            curvature = noise.settings.curvature
             advice = (
                 "the function has returned None for every parameter; return its estimates of the curvature"
-                if callable(hessian)
-                else f"call opt.update_curvature(closure) in the loop, which hessian={hessian!r} is fed by"
+                if callable(curvature)
+                else f"call opt.update_curvature(closure) in the loop, which curvature={curvature!r} is fed by"
             )
             warnings.warn(
                 f"PerturbedOPT has trained {noise.steps} steps as the bare optimizer does, without noise, since no "
@@ -310,12 +328,12 @@ class PerturbedOPT(Perturbing):
     # -- curvature and noise -----------------------------------------------------------------------------------------
 
     def update_curvature(self, closure: Callable[[], Tensor]) -> bool:
-        """Average a new estimate of the curvature at the present weights, at every ``hessian_interval``-th step.
+        """Average a new estimate of the curvature at the present weights, at every ``curvature_interval``-th step.
 
         In a loop it can be called at every step, before or after the gradient::
 
-            opt.update_curvature(lambda: model(x))              # hessian="gnb": logits
-            opt.update_curvature(lambda: loss_fn(model(x), y))  # hessian="hutchinson": the loss
+            opt.update_curvature(lambda: model(x))              # curvature="gnb": logits
+            opt.update_curvature(lambda: loss_fn(model(x), y))  # curvature="hutchinson": the loss
 
         ``.grad`` is not touched. Under DistributedDataParallel, whose own hooks expect a backward pass, call the module
         itself (``ddp.module(x)``), and give PerturbedOPT the process group as ``sync``.
@@ -328,16 +346,16 @@ class PerturbedOPT(Perturbing):
             Whether an estimate was made.
 
         Raises:
-            RuntimeError: ``hessian`` is another one, the weights are perturbed, or parameters are sharded.
+            RuntimeError: ``curvature`` is another one, the weights are perturbed, or parameters are sharded.
             TypeError: what ``closure`` returns is neither.
         """
         noise, groups = self._set, self._groups()
         learners = {"gnb": learn_from_gnb, "hutchinson": learn_from_hutchinson}
-        learn = learners.get(noise.settings.hessian) if isinstance(noise.settings.hessian, str) else None
+        learn = learners.get(noise.settings.curvature) if isinstance(noise.settings.curvature, str) else None
         if learn is None:
             raise RuntimeError(
-                f"update_curvature(): it is for hessian='gnb' and 'hutchinson', not {noise.settings.hessian!r}, which "
-                "step() looks after"
+                f"update_curvature(): it is for curvature='gnb' and 'hutchinson', not {noise.settings.curvature!r}, "
+                "which step() looks after"
             )
         self._refuse_unless_at_rest("update_curvature()")
         if not self._estimate_is_due() or not any(map(can_move, groups)):
