@@ -19,8 +19,8 @@ ROOMS = {
     GROUND: set(),
     "reference": {GROUND},
     "ops": {GROUND, "reference"},
-    "optim": {GROUND, "reference", "ops"},
     "curvature": {GROUND, "reference", "ops"},
+    "optim": {GROUND, "reference", "ops", "curvature"},
     "sharpness": {GROUND, "ops", "curvature"},
     "label_noise": {GROUND, "reference", "ops", "curvature"},
 }

@@ -374,7 +374,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
                    lambda: curvature.hvp(small_net(), F.cross_entropy, batches(1), [torch.ones(3)] * 6)),
     "v of one": (TypeError, "v: a float32 tensor",
                  lambda: curvature.hvp(small_net(), F.cross_entropy, batches(1), torch.ones(3))),
-    "regression": (ValueError, "gnb_diag is for classifiers",
+    "regression": (ValueError, "a Gauss-Newton-Bartlett estimate is for classifiers",
                    lambda: curvature.gnb_diag(nn.Linear(2, 2), F.mse_loss, (torch.ones(3, 2), torch.randn(3, 2)))),
     "no logits": (TypeError, "model: returned no tensor",
                   lambda: curvature.gnb_diag(nn.Flatten(0), F.mse_loss, (WEIGHT.data, WEIGHT.data), params=[WEIGHT])),

@@ -115,7 +115,7 @@ def test_the_alarm_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError,
             "distribution: 'gauss' given; give one of 'uniform', 'truncated_normal', 'normal'",
         ),
-        ({"curvature": "exact"}, ValueError, "curvature: 'exact' given; .* or a callable"),
+        ({"curvature": "diagonal"}, ValueError, "curvature: 'diagonal' given; .* or a callable"),
         ({"gamma": -0.1}, ValueError, "gamma: -0.1"),
         ({"eps": math.nan}, ValueError, "eps: nan"),
         ({"scale": "1"}, TypeError, "scale: '1'"),

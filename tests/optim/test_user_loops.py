@@ -259,7 +259,7 @@ def test_draws_average_whatever_a_closure_returns(result: Callable[[Tensor], Any
         assert distance(before, weights(net)) < 1.0
 
 
-@pytest.mark.parametrize("place", ["accumulate", "_mean"])
+@pytest.mark.parametrize("place", ["accumulate", "mean_result"])
 def test_weights_come_back_when_the_averaging_fails(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatmin.optim.perturbed_opt import perturbed_opt
 

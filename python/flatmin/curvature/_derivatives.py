@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import _double_backward
 from .._double_backward import explained_double_backward
 
-__all__ = ["batch_hvp", "gradient", "refuse_once_differentiable", "second"]
+__all__ = ["MEASURING", "batch_hvp", "gradient", "refuse_once_differentiable", "second"]
 
-_ADVICE = (
+#: What to do where a measurement cannot differentiate twice.
+MEASURING = (
     "Give method='finite_difference' (every function of flatmin.curvature that takes a method, and pacgen, has it)"
 )
 
@@ -27,10 +28,14 @@ def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False)
 
 
 def second(
-    grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor], retain_graph: bool = False
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    retain_graph: bool = False,
+    advice: str = MEASURING,
 ) -> list[Tensor | None]:
     """Derivative of ``<grads, vectors>``. ``RuntimeError`` that names the way out where it does not exist."""
-    with explained_double_backward(_ADVICE):
+    with explained_double_backward(advice):
         return list(
             torch.autograd.grad(grads, list(params), list(vectors), retain_graph=retain_graph, allow_unused=True)
         )
@@ -38,7 +43,7 @@ def second(
 
 def refuse_once_differentiable(result: Tensor) -> None:
     """``RuntimeError`` that names the way out if ``result`` has no second derivative and torch would not say so."""
-    _double_backward.refuse_once_differentiable(result, _ADVICE)
+    _double_backward.refuse_once_differentiable(result, MEASURING)
 
 
 def batch_hvp(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:

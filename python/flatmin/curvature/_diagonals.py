@@ -12,6 +12,7 @@ from .._checks import check_int, check_one_of
 from .._deprecated import renamed_arguments
 from ._arguments import check_seed
 from ._batches import Source
+from ._derivatives import MEASURING
 from ._labels import LabelSampler
 from ._measurement import LossFn, Measurement, check_tensors, gradient, second
 from ._probes import Estimate, Moments, Probed, Probes, check_sampling
@@ -20,6 +21,7 @@ __all__ = [
     "Diagonal",
     "check_diagonal",
     "diagonal",
+    "diagonal_block",
     "exact_diag",
     "gnb_diag",
     "hutchinson_diag",
@@ -205,20 +207,20 @@ def exact_diag(
 
         def term(inputs: Any, targets: Any) -> list[Tensor | None]:
             grads = gradient(m.loss(inputs, targets), m.params, create_graph=True)
-            return [_diagonal_block(g, p) for g, p in zip(grads, m.params, strict=True)]
+            return [diagonal_block(g, p) for g, p in zip(grads, m.params, strict=True)]
 
         return m.mean(term)
 
 
-def _diagonal_block(g: Tensor | None, p: Tensor) -> Tensor | None:
-    """Derivative of each element of a gradient by its own parameter."""
+def diagonal_block(g: Tensor | None, p: Tensor, advice: str = MEASURING) -> Tensor | None:
+    """Derivative of each element of a gradient by its own parameter; ``advice`` where there is no second derivative."""
     if g is None or not g.requires_grad:
         return None
     diagonal = torch.zeros(p.numel(), dtype=g.dtype, device=g.device)
     for i in range(p.numel()):
         basis = torch.zeros(p.numel(), dtype=g.dtype, device=g.device)
         basis[i] = 1.0
-        row = second([g], [p], [basis.view(p.shape)], retain_graph=True)[0]
+        row = second([g], [p], [basis.view(p.shape)], retain_graph=True, advice=advice)[0]
         if row is not None:
             diagonal[i] = row.reshape(-1)[i]
     return diagonal.view(p.shape)

@@ -12,7 +12,7 @@ gradients nor their memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -23,28 +23,30 @@ from torch import Tensor
 from ._matrix import Matrix, directional_differences, jacobian_product, transposed_product
 from ._measurement import Measurement
 
-__all__ = ["FISHER", "sample_losses"]
+__all__ = ["FISHER", "losses_of", "sample_losses"]
 
 
 def sample_losses(m: Measurement, inputs: Any, targets: Any) -> Tensor:
     """The loss of each sample of a batch, in one dimension."""
-    outputs, targets = m.outputs(inputs, targets)
+    return losses_of(m.loss_of, *m.outputs(inputs, targets), what="matrix='fisher'")
+
+
+def losses_of(loss_of: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, what: str) -> Tensor:
+    """The same, of what the model has returned. ``what`` wants it, as an error says."""
     size = len(targets)
     for t in _tensors(outputs):
         if t.dim() == 0 or len(t) != size:
             raise ValueError(
-                f"model: returned a tensor of shape {tuple(t.shape)} for {size} targets; matrix='fisher' takes the "
+                f"model: returned a tensor of shape {tuple(t.shape)} for {size} targets; {what} takes the "
                 "loss of each sample, so the first dimension of all outputs must be that of the targets"
             )
 
     def one(output: Any, target: Any) -> Tensor:
-        return m.loss_of(_each(output, lambda t: t.unsqueeze(0)), _each(target, lambda t: t.unsqueeze(0)))
+        return loss_of(_each(output, lambda t: t.unsqueeze(0)), _each(target, lambda t: t.unsqueeze(0)))
 
     with suppress(Exception):  # vmap knows not every operator and no branch on a value: the loop says what is wrong
         return torch.func.vmap(one)(outputs, targets).reshape(size)
-    pieces = [
-        m.loss_of(*(_each(part, lambda t, i=i: t[i : i + 1]) for part in (outputs, targets))) for i in range(size)
-    ]
+    pieces = [loss_of(*(_each(part, lambda t, i=i: t[i : i + 1]) for part in (outputs, targets))) for i in range(size)]
     return torch.stack(pieces)
 
 

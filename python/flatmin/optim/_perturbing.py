@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,7 @@ from ._closures import GradientRecord
 from ._model_buffers import ModelBuffers
 from ._wrapper import Closure, Wrapper
 
-__all__ = ["Perturbing", "accumulate"]
+__all__ = ["Perturbing", "accumulate", "makes_the_state"]
 
 
 class Perturbing(Wrapper):
@@ -283,6 +285,14 @@ def accumulate(total: dict[Tensor, Tensor], grads: dict[Tensor, Tensor]) -> None
     """Add ``grads`` to ``total``, whose tensors are changed in place."""
     for p, grad in grads.items():
         total[p] = total[p].add_(grad) if p in total else grad
+
+
+def makes_the_state() -> bool:
+    """Whether torch.distributed.checkpoint takes this step, with gradients of 0, to make the base create its state."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _any_grad(groups: list[dict[str, Any]]) -> bool:

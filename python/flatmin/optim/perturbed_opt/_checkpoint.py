@@ -141,6 +141,7 @@ def check_noise(saved: dict[str, Any], params: Sequence[Tensor]) -> None:
 def unpack_noise(noise: NoiseSet, params: Sequence[Tensor], saved: dict[str, Any] | None) -> None:
     """Replace the state of ``noise``; without ``saved`` by that of a run that begins, but for seed and epoch."""
     noise.forget()
+    noise.buckets = []
     noise.states.clear()
     if saved is None:
         noise.draws = noise.estimates = noise.steps = 0

@@ -117,6 +117,11 @@ class NoiseBucket(Bucket):
         """How many draws the device has made; None if it made none. The host waits for it."""
         return None if self._key is None else int(self._key[1].view(torch.int32)[2]) % 2**32 + 1
 
+    def last_key(self) -> tuple[int, int, int] | None:
+        """Seed, draw and stream of the last draw; None if it made none, or took it back. The host waits for it."""
+        drawn = self.draws()
+        return None if self._key is None or drawn is None else (self._key[0][0], drawn - 1, self._key[0][2])
+
     def sizes(self) -> list[Tensor]:
         """Norm of each filter, or ``||w|| / sqrt(n)`` of each tensor, as views like the parameters."""
         whole = self.settings.sizing == "tensor"

@@ -39,7 +39,9 @@ def check_options(
         if value != defaults[name]:
             raise ValueError(f"{name}: {value!r} given, but only sizing='curvature' reads it, not {sizing!r}")
     if not callable(own["curvature"]):
-        check_one_of("curvature", own["curvature"], ("squared_gradient", "gnb", "hutchinson"), "a callable")
+        check_one_of(
+            "curvature", own["curvature"], ("squared_gradient", "gnb", "hutchinson", "exact", "fisher"), "a callable"
+        )
     if isinstance(own["lipschitz"], str):
         check_one_of("lipschitz", own["lipschitz"], ("max", "element"), "a float >= 0")
     else:

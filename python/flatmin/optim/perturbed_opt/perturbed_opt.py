@@ -12,33 +12,32 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_int, check_size
+from ..._checks import check_size
 from ..._deprecated import renamed_arguments, renamed_value
 from .._arguments import build_base, share_arguments
 from .._model_buffers import CleanBuffers, ModelBuffers
-from .._perturbing import Perturbing, accumulate
+from .._perturbing import accumulate, makes_the_state
 from .._wrapper import Closure
 from ._checkpoint import Checkpoint, check_noise, split, unpack_noise
-from ._estimates import learn_from_callable, learn_from_gnb, learn_from_hutchinson
+from ._estimates import FROM_LOSS, learn_from_callable, learn_from_gnb
 from ._noise_set import NoiseSet, NoiseStats, can_move
 from ._options import check_options
+from ._reading import Draw, LayerStats, ReadableNoise, WeightNoise
+from ._results import mean_result
 from ._settings import Settings
+from ._sources import Forward, LossFn, closure_from
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["NoiseStats", "PerturbedOPT"]
+__all__ = ["Draw", "LayerStats", "NoiseStats", "PerturbedOPT", "WeightNoise"]
 
 
-_OLD_NAMES = {
-    "dist": "distribution",
-    "hessian": "curvature",
-    "draws": "samples",
-    "hessian_interval": "curvature_interval",
-}
+_OLD_NAMES = {"dist": "distribution", "hessian": "curvature", "draws": "samples"}
+_OLD_NAMES["hessian_interval"] = "curvature_interval"
 
 
-class PerturbedOPT(Perturbing):
+class PerturbedOPT(ReadableNoise):
     """Wraps an optimizer so that it steps with a gradient taken under noise, more of it along flat directions.
 
     One pass, and two lines more than a plain training loop::
@@ -63,6 +62,9 @@ class PerturbedOPT(Perturbing):
     is the bare optimizer's. ``opt.step(closure)`` perturbs, runs the closure and steps; it restores, steps and averages
     in one pass over memory where the base is exactly :class:`torch.optim.SGD`, :class:`~torch.optim.Adam` or
     :class:`~torch.optim.AdamW`.
+
+    Warm-up: a step at learning rate 0 moves no weight and feeds ``h`` all the same (with ``start=1`` from unperturbed
+    weights). It does not count as a step, so that an estimate is due at each.
 
     Promises:
 
@@ -92,11 +94,12 @@ class PerturbedOPT(Perturbing):
         base: class of the optimizer to build around parameters.
         distribution: of the noise: "uniform" on ``(-sigma, sigma)``; "truncated_normal", cut at ``N``; "normal", which
             alone can move a weight by more than ``N``.
-        curvature: where ``h`` comes from. "squared_gradient": the squared gradients of the steps. "gnb" and
-            "hutchinson": Gauss-Newton-Bartlett and Hutchinson estimates, through :meth:`update_curvature`. Or a
-            function that is called after every ``curvature_interval``-th step with the list of perturbed parameters,
-            and returns one
-            estimate of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
+        curvature: where ``h`` comes from. "squared_gradient": the squared gradients of the steps. Through
+            :meth:`update_curvature`, "gnb" and "hutchinson": Gauss-Newton-Bartlett and Hutchinson estimates; "exact":
+            the Hessian's diagonal itself, of at most 20,000 parameters; "fisher": the empirical Fisher matrix's, the
+            mean of the squared gradients of single samples, a backward pass for each. Or a function that is called
+            after every ``curvature_interval``-th step with the list of perturbed parameters, and returns one estimate
+            of the diagonal for each, or None. Negative estimates count as 0 in ``sigma``.
         gamma, eps: the neighbourhood ``N``, >= 0. Per group: ``popt_gamma``, ``popt_eps``. Without noise (both 0, or
             ``scale`` 0) a group is left to the base, to the last bit.
         scale: >= 0, in units of sqrt(loss). The PAC-Bayes bound at the temperature ``eta`` (1 / loss) is smallest for
@@ -176,8 +179,8 @@ class PerturbedOPT(Perturbing):
         own: dict[str, Any] = {"curvature": curvature, "lipschitz": lipschitz, "beta1": beta1, "beta2": beta2}
         own |= {"gamma": gamma, "eps": eps, "min_step": min_step, "curvature_interval": curvature_interval}
         own |= {"distribution": distribution, "sizing": sizing, "scale": scale, "schedule": schedule, "sync": sync}
-        own |= {"samples": samples, "generator": generator, "start": start, "model": model}
-        own |= {"exempt_buffers": exempt_buffers}
+        own |= {"samples": samples, "generator": generator, "start": start}
+        own |= {"model": model, "exempt_buffers": exempt_buffers}
         init = inspect.unwrap(PerturbedOPT.__init__)
         share_arguments(init, "popt_", own, base, base_kwargs)
         check_options(init.__kwdefaults__ or {}, **own)
@@ -285,7 +288,7 @@ class PerturbedOPT(Perturbing):
             for grad in total.values():
                 grad.div_(samples)
         self._put_grads(total)
-        return _mean(losses)
+        return mean_result(losses)
 
     def _take_step(self, counts: bool) -> None:
         noise, groups = self._set, self._groups()
@@ -296,16 +299,19 @@ class PerturbedOPT(Perturbing):
             raise
         stepping = noise.stepping()
         moved = noise.perturbed or (bool(stepping) and all(bucket.saved for bucket in stepping))
-        if counts and moved and self._fused_step(stepping):
+        learns = counts or not makes_the_state()  # a step at learning rate 0 warms the curvature up
+        if learns and moved and self._fused_step(stepping):
             noise.learn_from_fused(stepping)
         else:
             self.restore()
             self.base.step()
-            if counts:
+            if learns:
                 noise.learn_from_gradients(groups)
-        if counts and callable(noise.settings.curvature) and self._estimate_is_due():
+        if learns and callable(noise.settings.curvature) and self._estimate_is_due():
             with torch.enable_grad():
                 learn_from_callable(noise, groups, noise.settings.curvature)
+        if learns and not counts:
+            noise.estimated = -1  # the step's number comes again, and so does an estimate
 
     def _count_step(self) -> None:
         noise = self._set
@@ -327,36 +333,55 @@ class PerturbedOPT(Perturbing):
 
     # -- curvature and noise -----------------------------------------------------------------------------------------
 
-    def update_curvature(self, closure: Callable[[], Tensor]) -> bool:
+    @renamed_arguments(closure="source")
+    def update_curvature(
+        self,
+        source: Any,
+        *,
+        forward: Forward | None = None,
+        loss_fn: LossFn | None = None,
+        class_dim: int | None = None,
+    ) -> bool:
         """Average a new estimate of the curvature at the present weights, at every ``curvature_interval``-th step.
 
         In a loop it can be called at every step, before or after the gradient::
 
             opt.update_curvature(lambda: model(x))              # curvature="gnb": logits
-            opt.update_curvature(lambda: loss_fn(model(x), y))  # curvature="hutchinson": the loss
+            opt.update_curvature(lambda: loss_fn(model(x), y))  # curvature="hutchinson" or "exact": the loss
+            opt.update_curvature(batch, forward=lambda _, b: (model(**b).logits, b["labels"]), loss_fn=loss_fn)
 
         ``.grad`` is not touched. Under DistributedDataParallel, whose own hooks expect a backward pass, call the module
         itself (``ddp.module(x)``), and give PerturbedOPT the process group as ``sync``.
 
         Args:
-            closure: of "gnb": returns logits of shape (predictions, classes), whose softmax labels are drawn from; of
-                "hutchinson": the loss, of a model that can be differentiated twice. Not called where nothing is due.
+            source: a closure, or a batch that the model is called with, where something is due. A closure of "gnb"
+                returns logits of shape (predictions, classes), whose softmax labels are drawn from, or a pair (logits,
+                targets); of "hutchinson" and "exact" the loss, of a model that can be differentiated twice; of
+                "fisher" the loss of each sample.
+            forward: as of :class:`flatmin.curvature.Batches`: ``forward(model, batch)`` returns ``(outputs, targets)``,
+                model being that of the constructor. None: ``inputs, targets = batch``, and ``(model(inputs),
+                targets)``.
+            loss_fn: with a batch: ``loss_fn(outputs, targets)``, the mean loss. Of "gnb", it only says which label is
+                ignored (``ignore_index``, -100 by default) and that torch's criteria have their classes in dimension 1.
+            class_dim: of "gnb": dimension of the logits that holds the classes. None: the one that fits the targets.
 
         Returns:
-            Whether an estimate was made.
+            Whether an estimate was made: not if nothing was due, or all labels are ignored.
 
         Raises:
             RuntimeError: ``curvature`` is another one, the weights are perturbed, or parameters are sharded.
-            TypeError: what ``closure`` returns is neither.
+            TypeError: what a closure returns is none of that, or a batch needs another argument.
+            ValueError: logits and targets do not fit, or "exact" has too many parameters.
         """
         noise, groups = self._set, self._groups()
-        learners = {"gnb": learn_from_gnb, "hutchinson": learn_from_hutchinson}
-        learn = learners.get(noise.settings.curvature) if isinstance(noise.settings.curvature, str) else None
-        if learn is None:
+        kind = noise.settings.curvature
+        if not isinstance(kind, str) or kind not in ("gnb", *FROM_LOSS):
             raise RuntimeError(
-                f"update_curvature(): it is for curvature='gnb' and 'hutchinson', not {noise.settings.curvature!r}, "
+                f"update_curvature(): it is for curvature='gnb', {', '.join(map(repr, FROM_LOSS))}, not {kind!r}, "
                 "which step() looks after"
             )
+        model = None if self._buffers is None else self._buffers.model
+        closure = closure_from(source, kind, model, forward, loss_fn, self._params()[0].device)
         self._refuse_unless_at_rest("update_curvature()")
         if not self._estimate_is_due() or not any(map(can_move, groups)):
             return False
@@ -365,37 +390,18 @@ class PerturbedOPT(Perturbing):
             statistics.save()
         try:
             with torch.enable_grad():
-                learn(noise, groups, closure)
+                if kind == "gnb":
+                    made = learn_from_gnb(noise, groups, closure, loss_fn, class_dim)
+                else:
+                    made = FROM_LOSS[kind](noise, groups, closure)
         finally:
             if statistics is not None:
                 statistics.restore()
         self._refuse_what_is_not_finite()
-        return True
+        return made
 
     def _estimate_is_due(self) -> bool:
         return self._set.steps % self._interval == 0 and self._set.estimated != self._set.steps
-
-    @property
-    def epoch(self) -> int:
-        """Epoch ``T`` of the schedule, counted from 1: set it, or call :meth:`next_epoch` after each."""
-        return self._set.epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        check_int("epoch", value, 1)
-        self._set.epoch = value
-
-    def next_epoch(self) -> None:
-        """Advance :attr:`epoch` by one."""
-        self._set.epoch += 1
-
-    @property
-    def noise_stats(self) -> NoiseStats | None:
-        """Mean size, share of capped weights and number of invalid sizes at the last ascent; None before.
-
-        With "curvature", a capped share near 1 says that the curvature no longer sizes the noise: it is
-        ``gamma |w| + eps`` almost everywhere."""
-        return self._set.stats()
 
     def _refuse_what_is_not_finite(self, wait: bool = False) -> None:
         if self._set.nonfinite.poll(wait):
@@ -414,7 +420,7 @@ class PerturbedOPT(Perturbing):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or the checkpoint of a bare optimizer: then the noise begins anew, with a
-        step that has none. Tensors go to the device of their parameters.
+        step that has none.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -440,21 +446,3 @@ class PerturbedOPT(Perturbing):
         """The base's ``add_param_group()``; the group may have its own ``popt_gamma``, ``popt_eps``, ``popt_scale``.
         Its first step is without noise."""
         super().add_param_group(param_group)
-
-
-def _mean(values: list[Any]) -> Any:
-    """The mean of what a closure returned: of numbers and tensors, and of each in a tuple, list or mapping. What has no
-    mean, such as a string or tensors of different shapes, is that of the first draw."""
-    first = values[0]
-    if all(isinstance(value, Tensor) and value.shape == first.shape for value in values):
-        mean: Tensor = torch.stack([value.detach() for value in values])
-        return mean.mean(0) if mean.is_floating_point() or mean.is_complex() else first
-    if all(isinstance(value, float | int) and not isinstance(value, bool) for value in values):
-        return sum(values) / len(values)
-    if isinstance(first, Mapping) and all(
-        isinstance(value, Mapping) and value.keys() == first.keys() for value in values
-    ):
-        return {key: _mean([value[key] for value in values]) for key in first}
-    if type(first) in (tuple, list) and all(type(v) is type(first) and len(v) == len(first) for v in values):
-        return type(first)(_mean(list(column)) for column in zip(*values, strict=True))
-    return first
