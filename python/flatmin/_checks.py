@@ -21,12 +21,21 @@ __all__ = [
     "check_radius",
     "check_size",
     "is_number",
+    "plain",
 ]
 
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a real number and no tensor."""
     return isinstance(value, int | float) or (not isinstance(value, Tensor) and isinstance(value, Real))
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy as Python's own, since checkpoints are loaded with ``weights_only=True``; anything else as it
+    is."""
+    if type(value) in (bool, int, float) or isinstance(value, Tensor) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_int(name: str, value: Any, least: int) -> None:

@@ -240,3 +240,23 @@ def test_the_first_gradient_is_kept_however_the_loop_clears(set_to_none: bool) -
             opt.step()
         results.append(weights(net))
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_weights_and_buffers_come_back_when_a_method_fails(
+    way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a relative of SAM does between the passes."""
+    net, (batch,) = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), batches(1)
+    opt, before = GSAM(sgd(net.parameters()), rho=0.1, model=net), weights(net)
+
+    def fails(*gradients: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(opt, "combine", fails)
+    with pytest.raises(MemoryError):
+        way(net, opt, batch)
+    opt.restore()  # of the ways that leave it to the loop
+    assert same_bits(weights(net), before)
+    assert int(net[2].num_batches_tracked) == 1
+    assert not opt._set.perturbed

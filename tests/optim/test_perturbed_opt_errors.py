@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +79,23 @@ def test_a_curvature_that_is_not_finite_moves_no_weight(bad: float, way) -> None
         assert same_bits(net.parameters(), before)
         assert not opt._set.perturbed
     assert not called
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["curvature", "lipschitz", "rho"])
+def test_a_checkpoint_that_is_not_finite_moves_no_weight(where: str, bad: float) -> None:
+    options: dict[str, Any] = {"lipschitz": "element" if where == "lipschitz" else "max"}
+    net, opt = noisy_net(**options)
+    run(net, opt, batches(3))
+    state = copy.deepcopy(opt.state_dict())
+    (state["noise"]["rho"] if where == "rho" else state["noise"]["state"][2][where].view(-1)[1]).fill_(bad)
+    net, opt = noisy_net(**options)
+    before = weights(net)
+    opt.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"is not finite|must not be negative"):
+        opt.ascend()
+    assert same_bits(weights(net), before)
+    assert not opt._set.perturbed
 
 
 def test_the_alarm_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin import SAM, PerturbedOPT
+from flatmin import GSAM, SAM, PerturbedOPT
 from models import (
     backward,
     batches,
@@ -107,46 +107,6 @@ def test_views_of_a_flat_buffer_stay_the_gradients(says_so: bool) -> None:
             p.grad.mul_(0.5)
         other.step()
     assert same_bits(weights(net), weights(twin))
-
-
-# ---- names that both have ----
-
-
-def test_the_base_gets_what_its_signature_names() -> None:
-    params = [nn.Parameter(torch.ones(2))]
-    opt = SAM(params, torch.optim.AdamW, lr=1e-3, eps=1e-4)
-    assert opt.base.defaults["eps"] == 1e-4
-    assert opt._set.eps == 1e-12
-    opt = SAM(params, torch.optim.AdamW, lr=1e-3, eps=1e-4, sam_eps=1e-3, sam_rho=0.7)
-    assert (opt.base.defaults["eps"], opt._set.eps, opt.param_groups[0]["sam_rho"]) == (1e-4, 1e-3, 0.7)
-    assert SAM(params, torch.optim.SGD, lr=0.1, eps=1e-3)._set.eps == 1e-3  # SGD has none
-    noise = PerturbedOPT(params, torch.optim.AdamW, lr=1e-3, eps=1e-4, popt_eps=0.5)
-    assert (noise.base.defaults["eps"], noise.param_groups[0]["popt_eps"]) == (1e-4, 0.5)
-
-
-def test_an_equal_value_is_given_all_the_same() -> None:
-    opt = SAM([nn.Parameter(torch.ones(2))], torch.optim.AdamW, lr=1e-3, eps=float("1e-12"))
-    assert opt.base.defaults["eps"] == 1e-12
-
-
-def test_whose_radius_is_meant_has_to_be_said() -> None:
-    params = [nn.Parameter(torch.ones(2))]
-    with pytest.raises(TypeError, match="rho: both the wrapper and Adadelta have one; give sam_rho="):
-        SAM(params, torch.optim.Adadelta, rho=0.5)
-    opt = SAM(params, torch.optim.Adadelta, rho=0.5, sam_rho=0.01)
-    assert (opt.base.defaults["rho"], opt.param_groups[0]["sam_rho"]) == (0.5, 0.01)
-    assert SAM(params, torch.optim.Adadelta, sam_rho=0.02).param_groups[0]["sam_rho"] == 0.02
-    with pytest.raises(TypeError, match="rho: given twice, as rho and as sam_rho"):
-        SAM(params, torch.optim.SGD, lr=0.1, rho=0.5, sam_rho=0.5)
-
-
-def test_a_dead_key_of_a_live_optimizer_is_refused() -> None:
-    net, batch = small_net(), batches(1)[0]
-    opt = SAM(sgd(net.parameters()), rho=0.1)
-    opt.param_groups[0]["rho"] = 0.5  # as a trainer's set_params does
-    backward(net, batch)
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['rho'\]: nobody would read it"):
-        opt.ascend()
 
 
 # ---- what a second pass must not leave in the model ----
@@ -410,9 +370,12 @@ def scaled_step(order: str, scaler: Any, net: nn.Module, opt: Any, batch: Any, c
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_unscaling_before_the_second_pass_is_refused(clip: bool) -> None:
+@pytest.mark.parametrize("wrap", [SAM, GSAM, PerturbedOPT], ids=lambda wrap: wrap.__name__)
+def test_unscaling_before_the_second_pass_is_refused(wrap: Callable[..., Any], clip: bool) -> None:
+    """Of PerturbedOPT, too, whose passes add up: an unperturbed micro-batch, and one under noise."""
     net, (batch,) = small_net(), batches(1)
-    opt, before = SAM(sgd(net.parameters()), rho=0.1), weights(net)
+    options = {"sizing": "isotropic", "scale": 0.1} if wrap is PerturbedOPT else {"rho": 0.1}
+    opt, before = wrap(sgd(net.parameters()), **options), weights(net)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     with pytest.raises(RuntimeError, match=r"scaler.unscale_\(\) ran before the perturbed pass and not after it"):
         scaled_step("before", scaler, net, opt, batch, clip)

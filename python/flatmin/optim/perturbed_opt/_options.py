@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..._checks import check_int, check_one_of, check_size
+from ..._checks import check_int, check_one_of, check_size, is_number
 from .._arguments import check_model, check_patterns
 
 __all__ = ["check_options"]
@@ -49,7 +49,7 @@ def check_options(
     for name, value in (("gamma", own["gamma"]), ("eps", own["eps"]), ("scale", scale), ("min_step", own["min_step"])):
         check_size(name, value)
     for name in ("beta1", "beta2"):
-        if not (isinstance(own[name], int | float) and 0.0 <= own[name] < 1.0):
+        if not (is_number(own[name]) and 0.0 <= own[name] < 1.0):
             raise ValueError(f"{name}: {own[name]!r} given; give a float from 0 to below 1")
     if schedule is not None and not callable(schedule):
         check_one_of("schedule", schedule, ("log",), "None or a callable")

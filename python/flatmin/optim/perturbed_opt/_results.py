@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import is_number
+
 __all__ = ["mean_result"]
 
 
@@ -18,7 +20,7 @@ def mean_result(values: list[Any]) -> Any:
     if all(isinstance(value, Tensor) and value.shape == first.shape for value in values):
         mean: Tensor = torch.stack([value.detach() for value in values])
         return mean.mean(0) if mean.is_floating_point() or mean.is_complex() else first
-    if all(isinstance(value, float | int) and not isinstance(value, bool) for value in values):
+    if all(is_number(value) and not isinstance(value, bool) for value in values):
         return sum(values) / len(values)
     if isinstance(first, Mapping) and all(
         isinstance(value, Mapping) and value.keys() == first.keys() for value in values

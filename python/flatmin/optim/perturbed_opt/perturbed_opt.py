@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_size
+from ..._checks import check_size, plain
 from ..._deprecated import renamed_arguments, renamed_value
 from .._arguments import build_base, share_arguments
 from .._model_buffers import CleanBuffers, ModelBuffers
@@ -184,6 +184,7 @@ class PerturbedOPT(ReadableNoise):
         init = inspect.unwrap(PerturbedOPT.__init__)
         share_arguments(init, "popt_", own, base, base_kwargs)
         check_options(init.__kwdefaults__ or {}, **own)
+        own = {name: plain(value) for name, value in own.items()}
         optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
         group_defaults = {"popt_scale": own["scale"]}
         if own["sizing"] == "curvature":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import ops
-from ..._checks import check_int, check_one_of, check_radius, check_size
+from ..._checks import check_int, check_one_of, check_radius, check_size, is_number
 from .._arguments import check_model, check_patterns
 
 __all__ = ["check_options", "check_scaling", "refuse_plain_rho"]
@@ -32,7 +32,7 @@ def check_options(
     check_scaling("adaptive", adaptive)
     check_size("eta", eta)
     check_size("eps", eps)
-    if not isinstance(p, int | float):
+    if not is_number(p):
         raise TypeError(f"p: {p!r} given; give a float from 1 to math.inf")
     ops.dual_exponent(p)
     check_one_of("rounding", rounding, ("nearest", "stochastic"))

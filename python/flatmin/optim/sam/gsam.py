@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..._checks import check_one_of, check_size
+from ..._checks import check_one_of, check_size, plain
 from .._arguments import share_arguments
 from ._inner_products import blend_, gram
 from .sam import SAM
@@ -68,6 +68,7 @@ class GSAM(SAM):
         own |= {"lr_max": lr_max, "lr_min": lr_min}
         share_arguments(GSAM.__init__, "gsam_", own, base, options)
         _check_options(**own)
+        own = {name: plain(value) for name, value in own.items()}
         super().__init__(optimizer_or_params, base, **options)
         self._alpha, self._minimize = own["alpha"], own["minimize"]
         self._rates = own["lr_min"], own["lr_max"]

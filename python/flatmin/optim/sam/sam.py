@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..._checks import check_radius, check_size
+from ..._checks import check_radius, check_size, plain
 from .._arguments import build_base, share_arguments
 from .._two_pass import TwoPass
 from ._ascent import AscentSet
@@ -126,6 +126,7 @@ class SAM(TwoPass):
         own |= {"sync": sync} | passes
         share_arguments(SAM.__init__, "sam_", own, base, base_kwargs)
         check_options(**own)
+        own = {name: plain(value) for name, value in own.items()}
         optimizer = build_base(type(self).__name__, optimizer_or_params, base, base_kwargs)
         refuse_plain_rho(optimizer)
         scaling = True if own["adaptive"] == "asam" else own["adaptive"]
