@@ -161,3 +161,22 @@ def test_constructors_take_old_names_too() -> None:
 
     with pytest.warns(DeprecationWarning, match="dist= is now distribution="):
         assert Wrapper(dist="normal").distribution == "normal"  # type: ignore[call-arg]
+
+
+def test_a_checkpoint_from_before_the_renaming_loads() -> None:
+    """Written out: none of its keys was renamed, and the run goes on from it."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    group = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+    group |= {"foreach": None, "differentiable": False, "fused": None, "params": [0]}
+    group |= {"popt_scale": 1.0, "popt_gamma": 0.25, "popt_eps": 1e-5}
+    noise = {"seed": 5, "draws": 3, "estimates": 0, "estimated": -1, "steps": 4, "epoch": 2, "rho": torch.tensor(2.0)}
+    noise["state"] = {0: {"updates": 4, "curvature": torch.tensor([0.5, 0.25])}}
+    opt = flatmin.PerturbedOPT(torch.optim.SGD([w], lr=0.5), beta1=0.5)
+    opt.load_state_dict({"base": {"state": {}, "param_groups": [group]}, "noise": noise})
+    found = opt.curvature_of(w)
+    assert [found.updates, opt.epoch, opt.param_groups[0]["popt_gamma"]] == [4, 2, 0.25]
+    assert found.curvature.tolist() == pytest.approx([0.5 / 0.9375, 0.25 / 0.9375])
+    assert opt.state_dict()["noise"].keys() == noise.keys()
+    opt.ascend()
+    assert tuple(opt.draw_of(w) or ()) == (5, 3, 0, 0)
+    opt.restore()

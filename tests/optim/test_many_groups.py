@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatmin import GSAM, SAM
+from flatmin import GSAM, SAM, PerturbedOPT, ops
 from flatmin.ops import _library
+from flatmin.optim._buckets import PerturbedSet
+from flatmin.optim.perturbed_opt._noise_set import NoiseSet
 from models import same_bits
 
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -214,3 +216,80 @@ def test_gsam_has_the_bits_of_one_group() -> None:
         train(GSAM(sgd, rho=0.1, alpha=0.3, rho_min=0.01, lr_max=0.2), params)
         results.append(params)
     assert same_bits(*results)
+
+
+# ---- PerturbedOPT ----
+
+
+def train_under_noise(opt: PerturbedOPT, params: Sequence[nn.Parameter], fused: bool = True) -> None:
+    for step in range(STEPS):
+        opt.zero_grad()
+        with opt.perturb():
+            loss = sum(((p.float() - i) ** 2).sum() * 0.01 * (i + 1) for i, p in enumerate(params))
+            assert isinstance(loss, Tensor)
+            loss.backward()
+        if step == 2 and not fused:  # a parameter without gradient counts its own updates from here on
+            params[1].grad = None
+        opt.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", [{}, {"lipschitz": "element"}, {"sizing": "filter", "scale": 0.1}], ids=str)
+def test_noise_does_not_depend_on_which_groups_share_a_list(
+    options: dict[str, Any], fused: bool, monkeypatch: pytest.MonkeyPatch, calls: Counter[str]
+) -> None:
+    """Each group draws by itself, as ever; restore, step and averages are one call."""
+    results, counts = [], []
+    for merges in (True, False):
+        if not merges:
+            monkeypatch.setattr(NoiseSet, "partition", PerturbedSet.partition)
+        params = parameters()
+        sgd = torch.optim.SGD([{"params": [p], "weight_decay": 0.1 * (i % 2)} for i, p in enumerate(params)], lr=0.1)
+        opt = PerturbedOPT(sgd, generator=torch.Generator().manual_seed(3), **options)
+        calls.clear()
+        train_under_noise(opt, params, fused)
+        curvatures = [opt._set.states[p].curvature for p in params if p in opt._set.states]
+        results.append([*params, *curvatures, *map(torch.Tensor.float, opt.noise_stats)])
+        counts.append(dict(calls))
+    assert same_bits(*results)
+    assert counts[0]["scaled_noise_"] == counts[1]["scaled_noise_"] == 12 * (STEPS - (not options.get("sizing")))
+    assert counts[0]["restore_"] < 0.5 * counts[1]["restore_"]
+    if fused:
+        assert counts[0]["restore_sgd_"] == 2 * (STEPS - (not options.get("sizing")))
+
+
+def test_weights_come_back_when_a_draw_fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lists that have not moved yet the backup holds nothing."""
+    params = parameters()
+    opt = PerturbedOPT(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), sizing="isotropic", scale=0.1)
+    before, drawn = [p.detach().clone() for p in params], []
+    own = ops.scaled_noise_
+
+    def fails(*args: Any, **options: Any) -> Tensor:
+        if len(drawn) == 5:
+            raise MemoryError
+        drawn.append(args)
+        return own(*args, **options)
+
+    monkeypatch.setattr(ops, "scaled_noise_", fails)
+    with pytest.raises(MemoryError):
+        opt.ascend()
+    assert same_bits(params, before)
+    assert not opt._set.perturbed
+    opt.restore()
+    assert same_bits(params, before)
+
+
+def test_a_frozen_parameter_keeps_its_own_count() -> None:
+    """In the group of others that go on being updated."""
+    a, b = (nn.Parameter(torch.tensor([x])) for x in (2.0, 3.0))
+    opt = PerturbedOPT(torch.optim.SGD([a, b], lr=0.1), start=100)
+    for step in range(3):
+        a.requires_grad_(step != 1)
+        opt.zero_grad()
+        b.grad = torch.ones(1)
+        if step != 1:
+            a.grad = torch.ones(1)
+        opt.step()
+    assert [opt.curvature_of(p).updates for p in (a, b)] == [2, 3]
+    assert float(opt.curvature_of(a).curvature) == pytest.approx(1.0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import ops, reference
+from ..._devices import on_device
 from ..._distributed import is_dtensor
 from .._buckets import Bucket, RestoreAndStep
 from ._bias_correction import BiasCorrection
@@ -18,7 +19,7 @@ from ._settings import Settings
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["NoiseBucket", "ParameterState", "Subset", "local"]
+__all__ = ["NoiseBucket", "ParameterState", "Part", "Subset", "local"]
 
 
 def local(t: Any) -> Tensor:
@@ -58,6 +59,24 @@ class ParameterState:
         return self
 
 
+class Part(NamedTuple):
+    """The parameters of one group in a bucket: they draw by themselves, so that noise does not depend on which groups
+    share a bucket.
+
+    Attributes:
+        group: index of the group.
+        first: place of the first parameter in its group.
+        start, stop: their places in the bucket.
+        elements: how many they have.
+    """
+
+    group: int
+    first: int
+    start: int
+    stop: int
+    elements: int
+
+
 class NoiseBucket(Bucket):
     """A bucket with the states of its parameters, which were all updated equally often.
 
@@ -79,19 +98,20 @@ class NoiseBucket(Bucket):
         self.settings = settings
         self.saved = False
         self.largest: Tensor | None = None
-        self.elements = sum(p.numel() for p in self.local())
+        if states:  # one correction for all of them, which parameters that were left out do not share
+            own = states[0].correction.copy()
+            for state in states:
+                state.correction = own
         self.follow(states)
-        self._key: tuple[tuple[int, int, int], Tensor] | None = None
+        self._keys: tuple[int, int, tuple[int, ...], Tensor] | None = None
+        self._parts: list[Part] = []
+        self._backups: list[Tensor] = []
         self._sizes: tuple[list[Tensor], list[Tensor]] | None = None
 
     def follow(self, states: list[ParameterState]) -> None:
-        """Take the states of the parameters, and make them share one bias correction."""
+        """Take the states of the parameters, which share one bias correction."""
         self.states = states
         self.correction = states[0].correction if states else BiasCorrection(self.device, self.settings.beta1)
-        if any(state.correction is not self.correction for state in states):
-            self.correction = self.correction.copy()  # others may share the old one
-            for state in states:
-                state.correction = self.correction
         self.curvatures = [local(state.curvature) for state in states]
         self.lipschitz = [local(state.lipschitz) for state in states if state.lipschitz is not None]
 
@@ -100,27 +120,56 @@ class NoiseBucket(Bucket):
         """Whether its noise has a size: there is none before the first curvature."""
         return not self.settings.curved or self.correction.updates > 0
 
-    def key(self, seed: int, draw: int, stream: int) -> Tensor:
-        """Key of the draw. It is advanced on the device, so that a captured CUDA graph draws anew."""
-        if self._key is None or self._key[0] != (seed, draw - 1, stream):
-            key = ops.random_key(seed, draw, stream, self.device)
-        else:
-            key = self._key[1]
-            key.view(torch.int32)[2].add_(1)
-        self._key = (seed, draw, stream), key
-        return key
+    def parts(self, groups: Sequence[dict[str, Any]]) -> list[Part]:
+        """By group, in order."""
+        if not self._parts:
+            places = {id(p): (g, i) for g in self.groups for i, p in reversed(list(enumerate(groups[g]["params"])))}
+            own, elements = [places[id(p)] for p in self.params], [p.numel() for p in self.local()]
+            starts = [i for i, (g, _) in enumerate(own) if i == 0 or g != own[i - 1][0]]
+            self._parts = [
+                Part(*own[start], start, stop, sum(elements[start:stop]))
+                for start, stop in zip(starts, [*starts[1:], len(own)], strict=True)
+            ]
+        return self._parts
 
-    def forget_key(self) -> None:
-        self._key = None
+    def backups(self) -> list[Tensor]:
+        """What of the backup belongs to each part."""
+        if len(self._parts) == 1:
+            return [self.backup]
+        if not self._backups:
+            params = self.local()
+            sizes = [reference.backup_nbytes(params[part.start : part.stop]) for part in self._parts]
+            self._backups = list(self.backup.split(sizes))  # type: ignore[no-untyped-call]
+        return self._backups
+
+    def keys(self, seed: int, draw: int, streams: tuple[int, ...]) -> Tensor:
+        """Keys of a draw, uint64[parts, 2]. They are advanced on the device, so that a captured CUDA graph draws
+        anew."""
+        if self._keys is None or self._keys[:3] != (seed, draw - 1, streams):
+            rows = [ops.random_key(seed, draw, stream).view(torch.int64) for stream in streams]
+            keys = on_device(torch.stack(rows), self.device).view(torch.uint64)
+        else:
+            keys = self._keys[3]
+            keys.view(torch.int32)[:, 2].add_(1)
+        self._keys = seed, draw, streams, keys
+        return keys
+
+    def forget_keys(self) -> None:
+        self._keys = None
 
     def draws(self) -> int | None:
         """How many draws the device has made; None if it made none. The host waits for it."""
-        return None if self._key is None else int(self._key[1].view(torch.int32)[2]) % 2**32 + 1
+        return None if self._keys is None else int(self._keys[3].view(torch.int32)[0, 2]) % 2**32 + 1
 
-    def last_key(self) -> tuple[int, int, int] | None:
-        """Seed, draw and stream of the last draw; None if it made none, or took it back. The host waits for it."""
+    def last_draw(self, position: int) -> tuple[int, int, int, int] | None:
+        """Seed, draw and stream of the last draw, and the place in its list of the parameter at ``position``; None if
+        there was no draw, or it was taken back. The host waits for it."""
         drawn = self.draws()
-        return None if self._key is None or drawn is None else (self._key[0][0], drawn - 1, self._key[0][2])
+        if self._keys is None or drawn is None:
+            return None
+        seed, _, streams, _ = self._keys
+        part, stream = next((p, s) for p, s in zip(self._parts, streams, strict=True) if p.start <= position < p.stop)
+        return seed, drawn - 1, stream, position - part.start
 
     def sizes(self) -> list[Tensor]:
         """Norm of each filter, or ``||w|| / sqrt(n)`` of each tensor, as views like the parameters."""
@@ -137,7 +186,7 @@ class NoiseBucket(Bucket):
 
     def __getstate__(self) -> dict[str, Any]:
         """A key is made anew from the counters: torch cannot pickle tensors of uint64."""
-        return self.__dict__ | {"_key": None, "_sizes": None}
+        return self.__dict__ | {"_keys": None, "_sizes": None, "_backups": []}
 
     # -- restore and step in one pass ----------------------------------------------------------------------------------
 

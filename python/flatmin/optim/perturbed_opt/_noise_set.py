@@ -7,7 +7,7 @@ POPT-1, the project's own definition after arXiv 1809.07402: sizes, averages and
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,9 +18,9 @@ from torch import Tensor
 from ... import ops
 from ..._devices import on_device
 from ..._distributed import combine, local_gradient, rank
-from .._buckets import PerturbedSet, name_of, trained, with_gradient
+from .._buckets import PerturbedSet, alike, name_of, params_of, trained, with_gradient
 from ._bias_correction import BiasCorrection
-from ._noise_bucket import NoiseBucket, ParameterState, Subset, local
+from ._noise_bucket import NoiseBucket, ParameterState, Part, Subset, local
 from ._nonfinite import NonFiniteFlag
 from ._settings import Settings
 
@@ -66,6 +66,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
     """The parameters that noise moves, the averages that size it, and the counters that it is drawn with.
 
     Attributes:
+        keys: of a group's options: groups that differ in none of them share buckets.
         states: of every parameter that was updated.
         rho: global Hessian-Lipschitz constant, 0-dim in the wide type; None before the first quotient.
         seed, draws: of the noise.
@@ -79,6 +80,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
     def __init__(self, settings: Settings, seed: int) -> None:
         super().__init__()
         self.settings = settings
+        self.keys: tuple[str, ...] = ()
         self.states: dict[Tensor, ParameterState] = {}
         self.rho: Tensor | None = None
         self.seed = seed
@@ -117,12 +119,18 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         state = self.states.get(p)
         return 0 if state is None else state.correction.updates
 
+    def partition(self, groups: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[tuple[int, ...]]:
+        """Groups with equal options share buckets, but for estimators: their probes are numbered by the bucket, and
+        a function of the user's gets the parameters in order."""
+        merges = self.settings.fed_by_steps or not self.settings.curved
+        return alike(groups, keys) if merges else super().partition(groups, keys)
+
     def gather(self, groups: Sequence[dict[str, Any]]) -> list[NoiseBucket]:
         """The buckets of every parameter that is trained under noise, with or without a gradient."""
         found: list[NoiseBucket] = []
-        for index, group in enumerate(groups):
-            if can_move(group):
-                found += self.buckets_of((index,), trained(group["params"])[0])
+        for indices in self.partition(groups, self.keys):
+            if can_move(groups[indices[0]]):
+                found += self.buckets_of(indices, trained(params_of(groups, indices))[0])
         return found
 
     # -- noise ---------------------------------------------------------------------------------------------------------
@@ -135,16 +143,31 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         self.buckets = [bucket for bucket in buckets if bucket.ready]
         self.perturbed = True
         self._tallies = []
+        # Each group draws by itself, numbered as if it had buckets of its own.
+        order = sorted(part for bucket in buckets for part in bucket.parts(groups))
+        numbers = {part: number for number, part in enumerate(order)}
+        moved: list[tuple[NoiseBucket, Part, Tensor]] = []
         try:
-            for position, bucket in enumerate(buckets):
-                if bucket.ready:
-                    key = bucket.key(self.seed, draw, self._stream(bucket, position, len(buckets)))
-                    tally = self._move(bucket, groups[bucket.groups[0]], factor, key)
-                    self._tallies.append((tally, bucket.elements))
+            for bucket in self.buckets:
+                parts = bucket.parts(groups)
+                streams = tuple(self._stream(bucket, numbers[part], len(order)) for part in parts)
+                keys = bucket.keys(self.seed, draw, streams)
+                options = self._options_of(bucket, groups[bucket.groups[0]], factor)
+                for part, tally in self._move(bucket, parts, keys, options):
+                    moved.append((bucket, part, tally))
                     self.nonfinite.record(tally[2])
+            for bucket in self.buckets:
+                bucket.moved = bucket.saved = True
+                bucket.bump_versions()
         except BaseException:
+            for bucket, part, _ in moved:  # of the others the backup holds nothing
+                backup = bucket.backups()[bucket.parts(groups).index(part)]
+                ops.restore_(bucket.local()[part.start : part.stop], backup)
+                bucket.bump_versions()
+                bucket.moved = bucket.saved = False
             self.restore()
             raise
+        self._tallies = [(tally, part.elements) for _, part, tally in sorted(moved, key=lambda each: each[1])]
         return bool(self.buckets)
 
     def take_back_draw(self) -> None:
@@ -152,9 +175,19 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         if self.buckets:
             self.draws -= 1
             for bucket in self.buckets:
-                bucket.forget_key()
+                bucket.forget_keys()
 
-    def _move(self, bucket: NoiseBucket, group: dict[str, Any], factor: float, key: Tensor) -> Tensor:
+    def _move(
+        self, bucket: NoiseBucket, parts: Sequence[Part], keys: Tensor, options: dict[str, Any]
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """Move one part after the other, and give what the operator says of each."""
+        params = bucket.local()
+        lists = {name: value for name, value in options.items() if isinstance(value, list)}
+        for part, backup, key in zip(parts, bucket.backups(), keys.unbind(), strict=True):
+            own = {name: value[part.start : part.stop] for name, value in lists.items()}
+            yield part, ops.scaled_noise_(params[part.start : part.stop], backup, key, **(options | own))
+
+    def _options_of(self, bucket: NoiseBucket, group: dict[str, Any], factor: float) -> dict[str, Any]:
         options: dict[str, Any] = {"distribution": self.settings.distribution}
         if self.settings.curved:
             options |= {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
@@ -166,13 +199,10 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 options["gamma"], options["eps"] = _NEIGHBOURHOODS[self.settings.sizing]
             else:
                 options["sizes"] = bucket.sizes()
-        tally = ops.scaled_noise_(bucket.local(), bucket.backup, key, **options)
-        bucket.moved = bucket.saved = True
-        bucket.bump_versions()
-        return tally
+        return options
 
     def _lipschitz_of(self, bucket: NoiseBucket) -> float | Tensor | list[Tensor]:
-        if isinstance(self.settings.lipschitz, float | int):
+        if not isinstance(self.settings.lipschitz, str):
             return self.settings.lipschitz
         if self.settings.lipschitz == "element":
             return bucket.lipschitz

@@ -214,7 +214,7 @@ def _draw_of(noise: NoiseSet, p: Tensor) -> Draw | None:
     """What the last ascent drew for ``p``. The device counts the draws, so the host waits for it."""
     for bucket in noise.buckets:
         position = next((i for i, candidate in enumerate(bucket.params) if candidate is p), None)
-        drawn = bucket.last_key()
-        if position is not None and drawn is not None:
-            return Draw(*drawn, position)
+        drawn = None if position is None else bucket.last_draw(position)
+        if drawn is not None:
+            return Draw(*drawn)
     return None

@@ -195,6 +195,7 @@ class PerturbedOPT(ReadableNoise):
             seed = int(torch.randint(2**63 - 1, (), generator=own["generator"]))
         buffers = CleanBuffers(own["model"], own["exempt_buffers"]) if own["model"] is not None else None
         super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), buffers)
+        self._set.keys = tuple(self.base.defaults)
         self._samples, self._start = own["samples"], own["start"]
         self._interval = own["curvature_interval"]
         self._warned = False
