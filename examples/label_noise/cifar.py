@@ -73,7 +73,7 @@ class Size(NamedTuple):
     crop: bool
 
 
-HOUR = Size(seeds=3, epochs=30, every=2, train=4000, test=2000, depth=8, width=16, shrink=2, crop=False)
+HOUR = Size(seeds=3, epochs=20, every=2, train=4000, test=2000, depth=8, width=16, shrink=2, crop=False)
 FULL = Size(seeds=3, epochs=200, every=5, train=0, test=0, depth=32, width=16, shrink=1, crop=True)
 WATCHED = 500  # wrong labels that are looked at during training; at its end all are
 
