@@ -14,6 +14,7 @@
 #   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
 #   make lint                       formats, clang-tidy, ruff, mypy
 #   make trainers                   the recipes of examples/trainers/ with the real packages, in an environment of their own
+#   make docs                       the site of docs/ in out/site, in an environment of its own, without torch
 #   make bench                      one SAM step beside its peers
 #   make gpu                        everything that a GPU must show, in 8 minutes, with the python and nvcc that are there
 #   make gpu ARGS=--dry-run         the same walk without a GPU
@@ -49,7 +50,7 @@ SHOWN = sh -c 'printf "\n== %s\n" "$$1"; shift; \
   (t=0; while sleep 10 >/dev/null 2>&1; do t=$$((t + 10)); printf "   %d s ...\n" $$t; done) & clock=$$!; \
   trap "kill $$clock" EXIT; "$$@"' shown
 
-.PHONY: mnist finetune plan torchvision test ctest pytest trainers with-trainers lint bench gpu wheel wheels compilers clean
+.PHONY: mnist finetune plan torchvision test ctest pytest trainers with-trainers docs lint bench gpu wheel wheels compilers clean
 
 $(VENV)/.created:
 	@$(SHOWN) 'virtual environment in $(VENV)' $(PYTHON) -m venv $(VENV)
@@ -133,6 +134,15 @@ with-trainers: $(VENV)/.trainers
 $(VENV)/.trainers: $(VENV)/.wheel-installed examples/trainers/requirements.txt
 	$(BIN)/pip install --quiet pytest scipy
 	$(BIN)/pip install --quiet --no-deps -r examples/trainers/requirements.txt
+	touch $@
+
+# mkdocstrings reads the sources, so that neither torch nor a compiler is needed. A warning fails the build.
+docs: $(VENV)-docs/.docs
+	$(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.docs: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet -r docs/requirements.txt
 	touch $@
 
 # Without pip's isolation: each build would fetch zig again and make its C libraries anew.
