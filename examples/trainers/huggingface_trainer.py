@@ -32,7 +32,9 @@ class SAMTrainer(Trainer):
         if hasattr(sam, "train"):  # of a schedule-free base
             sam.train()
         inputs = self._prepare_inputs(inputs)
-        scaled_already = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled_already = (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        ) or self.compute_loss_func is not None
 
         def loss() -> Tensor:
             with self.compute_loss_context_manager():
