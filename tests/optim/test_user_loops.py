@@ -284,7 +284,7 @@ def test_a_closure_after_the_context_may_clip(wrap: type[SAM | PerturbedOPT]) ->
     """Lightning's manual optimization clips in the closure: a write to the gradients, but no gradient."""
     nets = [small_net(), small_net()]
     for net, by_closure in zip(nets, [False, True], strict=True):
-        noise = {"sizing": "isotropic", "scale": 0.1, "draws": 2, "generator": seeded()}
+        noise = {"sizing": "isotropic", "scale": 0.1, "samples": 2, "generator": seeded()}
         opt = wrap(sgd(net.parameters()), **({"rho": 0.1} if wrap is SAM else noise))
 
         def clip(net: nn.Module = net) -> None:

@@ -123,7 +123,7 @@ def test_several_draws_of_noise_in_manual_optimization(recipe: Load) -> None:
     def optimizer(net: torch.nn.Module) -> PerturbedOPT:
         generator = torch.Generator().manual_seed(3)
         base = torch.optim.SGD(net.parameters(), lr=0.1)
-        return PerturbedOPT(base, sizing="isotropic", scale=0.05, draws=2, generator=generator)
+        return PerturbedOPT(base, sizing="isotropic", scale=0.05, samples=2, generator=generator)
 
     class Noisy(lightning.SharpnessAware):
         def training_step(self, batch: object, index: int) -> None:
