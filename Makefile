@@ -13,6 +13,8 @@
 #   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
 #   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
 #   make lint                       formats, clang-tidy, ruff, mypy
+#   make trainers                   the recipes of examples/trainers/ with the real packages, in an environment of their own
+#   make docs                       the site of docs/ in out/site, in an environment of its own, without torch
 #   make bench                      one SAM step beside its peers
 #   make gpu                        everything that a GPU must show, in 8 minutes, with the python and nvcc that are there
 #   make gpu ARGS=--dry-run         the same walk without a GPU
@@ -48,7 +50,7 @@ SHOWN = sh -c 'printf "\n== %s\n" "$$1"; shift; \
   (t=0; while sleep 10 >/dev/null 2>&1; do t=$$((t + 10)); printf "   %d s ...\n" $$t; done) & clock=$$!; \
   trap "kill $$clock" EXIT; "$$@"' shown
 
-.PHONY: mnist finetune plan torchvision test ctest pytest lint bench gpu wheel wheels compilers clean
+.PHONY: mnist finetune plan torchvision test ctest pytest trainers with-trainers docs lint bench gpu wheel wheels compilers clean
 
 $(VENV)/.created:
 	@$(SHOWN) 'virtual environment in $(VENV)' $(PYTHON) -m venv $(VENV)
@@ -120,6 +122,28 @@ ctest: $(VENV)/.test-tools
 
 pytest: $(VENV)/.wheel-installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# An environment of their own: its packages are pinned, and torchvision's library fits no CPU build of torch. No test may
+# be left out for a package that is missing.
+trainers:
+	$(MAKE) with-trainers VENV=$(VENV)-trainers TORCH=torch==2.13.0
+
+with-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest --nothing-left-out tests/trainers $(ARGS)
+
+$(VENV)/.trainers: $(VENV)/.wheel-installed examples/trainers/requirements.txt
+	$(BIN)/pip install --quiet pytest scipy
+	$(BIN)/pip install --quiet --no-deps -r examples/trainers/requirements.txt
+	touch $@
+
+# mkdocstrings reads the sources, so that neither torch nor a compiler is needed. A warning fails the build.
+docs: $(VENV)-docs/.docs
+	$(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.docs: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet -r docs/requirements.txt
+	touch $@
 
 # Without pip's isolation: each build would fetch zig again and make its C libraries anew.
 $(VENV)/.zig: $(VENV)/.created

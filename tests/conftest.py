@@ -44,6 +44,10 @@ _left_out: Counter[str] = Counter()
 FAILURE_CHARACTERS = 3000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nothing-left-out", action="store_true", help="fail where a part is missing that a test needs")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if HYPOTHESIS and _for_a_gpu(config):  # it is lent for minutes: the first example that fails must do
         settings.load_profile("without shrinking")
@@ -92,6 +96,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # in a process of pytest-xdist: each of them collects all tests
         session.config.workeroutput["left_out"] = dict(_left_out)
+    elif _left_out and session.config.option.nothing_left_out:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)

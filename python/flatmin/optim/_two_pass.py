@@ -62,7 +62,7 @@ class TwoPass(Perturbing):
         self._interval, self._start = interval, start
         self._replay = RandomReplay(model) if model is not None and same_rng else None
         self._first: dict[Tensor, Tensor] | None = None
-        self._in_second_pass = self._ascended = False
+        self._in_second_pass = False
 
     # -- what a method is ------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class TwoPass(Perturbing):
         self._in_second_pass = True
         try:
             if self.active:
-                self._watch.ascended = self._ascended = self._move()
+                self._watch.ascended = self._watch.moved = self._move()
                 if self.needs_first_gradient:
                     self._first = self._gradients()
             self._start_pass()
@@ -199,8 +199,8 @@ class TwoPass(Perturbing):
         Args:
             closure: clears the gradients, computes them and returns the loss. It is called once at ``w`` and, where
                 the optimizer is :attr:`active`, once more at ``w + e``. If the second call raises, the weights are
-                restored. One that computes no gradient, as trainers pass along when the loop has computed it, changes
-                nothing: the step is that without closure.
+                restored. One that computes no gradient, as trainers pass along when the loop has computed it, is called
+                once, and may clip: the step is that without closure.
 
         Returns:
             What ``closure`` returned at ``w``: the clean loss. None without closure.
@@ -210,7 +210,7 @@ class TwoPass(Perturbing):
             return None
         self._refuse_unless_at_rest("step(closure)")
         with torch.enable_grad():
-            loss, record = self._run_closure(closure)
+            loss, record = self._run_closure(closure, passed=self._watch.passed)
             if self.active and not record.untouched():
                 self._run_perturbed(closure)
         self._base_step()
@@ -306,7 +306,6 @@ class TwoPass(Perturbing):
         if not self._fused_step(self._stepping()):
             self.restore()
             self.base.step()
-        self._ascended = False
         if self._replay is not None:
             self._replay.reset()
 
@@ -315,7 +314,7 @@ class TwoPass(Perturbing):
         optimizer's to the bit."""
         if self._set.perturbed:
             return self._set.buckets
-        if _fused.might_fit(self.base) and (self._ascended or _fused.has_bits_of_base(self.base)):
+        if _fused.might_fit(self.base) and (self._watch.moved or _fused.has_bits_of_base(self.base)):
             return self._set.at_rest(self._groups(), tuple(self.base.defaults))
         return []
 

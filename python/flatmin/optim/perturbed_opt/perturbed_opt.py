@@ -272,12 +272,12 @@ class PerturbedOPT(ReadableNoise):
         return False
 
     def _run_draws(self, closure: Closure) -> Any:
-        samples = self._samples if self.active else 1
+        passed, samples = self._watch.passed, self._samples if self.active else 1
         losses, total = [], dict[Tensor, Tensor]()
         for draw in range(samples):
             self.restore()  # but not after the last: the step may do that in passing
             self.ascend()
-            loss, record = self._run_closure(closure, adds_up=samples == 1)
+            loss, record = self._run_closure(closure, passed=passed, adds_up=samples == 1)
             if draw == 0 and record.untouched():  # the loop has computed the gradient: its noise is the last draw
                 self.restore()
                 self._set.take_back_draw()
