@@ -181,6 +181,26 @@ def test_a_small_budget_measures_the_first_samples(forward: bool) -> None:
     assert compare(found, again).differences == {}
 
 
+def test_amounts_are_those_given() -> None:
+    amounts = {"samples": 60, "products": 30, "probes": 2, "steps": 10, "pairs": 3, "curvature_samples": 4, "groups": 5}
+    found = report(relu_net(), F.cross_entropy, parts(200, 50), m=(8, 100), amounts=amounts)
+    assert found.samples == 60 and found.settings["training samples"] == 200
+    assert found.plan == FULL._replace(**{k: n for k, n in amounts.items() if k not in ("samples", "groups")})
+    assert found.m_sharpness.keys() == {8} and found.m_sharpness[8].sizes == (8,) * 5
+    assert len(found.density.nodes) == 2 and len(found.density.nodes[0]) <= 10
+    x, y = relu_data(200)
+    first = curvature.eigenvalues(relu_net(), F.cross_entropy, (x[:60], y[:60]), k=5)
+    assert found["lambda_1"].value == pytest.approx(first.lambda_1, rel=1e-6)
+    again = report(relu_net(), F.cross_entropy, parts(200, 50), m=(8, 100), like=found)
+    assert compare(found, again).differences == {}
+    assert [row.value for row in again] == [row.value for row in found]
+    # of all samples, the groups alone bounded
+    assert report(relu_net(), F.cross_entropy, parts(24, 10), m=(8,), amounts={"groups": 2}).m_sharpness[8].sizes == (
+        8,
+        8,
+    )
+
+
 # ---- side by side ----
 
 
@@ -246,6 +266,10 @@ def test_figure(found: Report, tmp_path: Path) -> None:
         ({"method": "exact"}, "method"),
         ({"seed": -1}, "seed"),
         ({"like": 3}, "like"),
+        ({"amounts": 60}, "amounts"),
+        ({"amounts": {"draws": 3}}, "amounts: 'draws' is none; there are samples, products"),
+        ({"amounts": {"probes": 0}}, "amounts: probes"),
+        ({"amounts": {"probes": 2}, "budget_s": 1.0}, "amounts"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], named: str) -> None:
