@@ -207,7 +207,7 @@ def plot(found: Found, ranked: dict[str, list[Correlation]], path: Path) -> None
     colors = dict(zip(radii, shades(len(radii)), strict=True))
     with styled():
         fig = figure(18, 5)
-        fig.suptitle(f"m-SAM: {len(found.seeds)} seeds, bars and bands: 95 % intervals", fontsize=14)
+        fig.suptitle(f"m-SAM: seeds {' '.join(map(str, found.seeds))}, bars and bands: 95 % intervals", fontsize=14)
         error, small, large, rank = fig.subplots(1, 4)
         sgd = found.interval("test_error", (0.0, None))
         error.axhline(sgd.value, color=INK, linestyle="--", label="SGD")
@@ -242,7 +242,7 @@ def plot(found: Found, ranked: dict[str, list[Correlation]], path: Path) -> None
         rank.set_ylim(-1.05, 1.05)
         rank.set_xlabel("m of the m-sharpness")
         rank.set_ylabel("rank correlation")
-        rank.legend(loc="lower center")
+        rank.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
         save(fig, path)
 
 

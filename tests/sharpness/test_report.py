@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import flatmin
 from flatmin import curvature
+from flatmin.curvature._measurement import Measurement
 from flatmin.sharpness import Report, compare, expected_sharpness, m_sharpness, pacgen, report
 from flatmin.sharpness._plan import FULL, LEAST, groups_within, planned
 from models import raw
@@ -138,6 +141,74 @@ def test_model_is_as_it_was(budget_s: float | None) -> None:
     assert all(module.training for module in net.modules())
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_also_after_an_exception(kind: type[BaseException]) -> None:
+    """Stopped early and late, so that it falls into several of the measures, with the weights away in some."""
+    net = Dropout()
+    calls, at = [0], 0
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == at:
+            raise kind("stop")
+        return F.cross_entropy(outputs, targets)
+
+    def run() -> None:
+        calls[0] = 0
+        amounts = {"products": 6, "probes": 1, "steps": 3, "pairs": 1, "curvature_samples": 1, "noise_samples": 1}
+        report(net, loss, parts(12, 6), m=(6,), amounts=amounts)
+
+    run()
+    before = {name: raw(t).clone() for name, t in net.state_dict().items()}
+    random, last = torch.get_rng_state(), calls[0]
+    for at in range(2, last, max(1, last // 12)):
+        with pytest.raises(kind, match="stop"):
+            run()
+        assert all(torch.equal(raw(t), before[name]) for name, t in net.state_dict().items()), at
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_nothing_outlives_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurement, which holds the model and copies of its weights, is alive afterwards, without a collection."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    plain = Measurement.__init__
+
+    def init(self: Measurement, *args: Any, **options: Any) -> None:
+        plain(self, *args, **options)
+        alive.add(self)
+        seen.append(1)
+
+    seen: list[int] = []
+    monkeypatch.setattr(Measurement, "__init__", init)
+    net = relu_net()
+    gc.collect()
+    gc.disable()
+    try:
+        kept = report(net, F.cross_entropy, parts(12, 6), held_out(), m=(6,), amounts={"products": 6, "probes": 1})
+        assert not alive
+        outside = weakref.ref(net)
+        del net
+        assert outside() is None, "the report holds the model"
+    finally:
+        gc.enable()
+    assert len(seen) > 5
+    assert kept["lambda_1"].value > 0.0
+
+
+def test_bfloat16_parameters() -> None:
+    """Against the same weights in float32, within the coarseness of 8 bits; the weights come back to the bit."""
+    net = relu_net().to(torch.bfloat16)
+    before = [raw(p).clone() for p in net.parameters()]
+    x, y = relu_data(24)
+    amounts = {"products": 30, "probes": 2, "steps": 10, "pairs": 3, "curvature_samples": 4}
+    coarse = report(net, F.cross_entropy, (x.to(torch.bfloat16), y), m=(4,), amounts=amounts)
+    assert all(torch.equal(raw(p), b) for p, b in zip(net.parameters(), before, strict=True))
+    fine = report(net.float(), F.cross_entropy, (x.float(), y), m=(4,), amounts=amounts)
+    for key in ("train_loss", "weight_norm", "gradient_norm", "lambda_1", "trace", "m_sharpness_4"):
+        assert coarse[key].value == pytest.approx(fine[key].value, rel=0.1), key
 
 
 # ---- budgets ----
