@@ -243,8 +243,8 @@ def common_flags(parser: argparse.ArgumentParser, out: str) -> None:
     add("--plot-only", action="store_true", help="draw the figures again from the JSON files in --out")
 
 
-def training_flags(parser: argparse.ArgumentParser, full: str) -> None:
-    """The flags of the scripts that train networks; ``full`` says what ``--full`` trains."""
+def training_flags(parser: argparse.ArgumentParser, full: str | None) -> None:
+    """The flags of the scripts that train networks; ``full`` says what ``--full`` trains, None leaves it out."""
     add = parser.add_argument
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})")
@@ -256,7 +256,8 @@ def training_flags(parser: argparse.ArgumentParser, full: str) -> None:
         help="archive or folder with train/<class>/ and test/<class>/, or torchvision's folder (downloaded to ./data)",
     )
     add("--device", default="cpu", help="where to train (cpu)")
-    add("--full", action="store_true", help=f"{full}, instead of the size of an hour on two cores")
+    if full is not None:
+        add("--full", action="store_true", help=f"{full}, instead of the size of an hour on two cores")
 
 
 def main(run: Callable[[], None]) -> None:

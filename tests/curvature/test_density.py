@@ -103,6 +103,18 @@ def test_mass_below_zero(density: curvature.SpectralDensity) -> None:
     assert rank_one.negative_mass.value < 1e-12
 
 
+@pytest.mark.parametrize("matrix", ["ggn", "fisher"])
+def test_what_is_zero_is_not_below_zero_in_float32(matrix: str) -> None:
+    """Matrices without a negative eigenvalue and with many that are 0: in float32 nodes lie on both sides of it."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
+    x, y = torch.randn(30, 20), torch.randint(4, (30,))
+    x[:, :10] = 0.0
+    found = curvature.spectral_density(net, F.cross_entropy, (x, y), probes=2, steps=150, matrix=matrix)
+    assert found.range[0] < 0.0
+    assert found.negative_mass.value == 0.0
+
+
 def test_grid(density: curvature.SpectralDensity) -> None:
     """The bumps integrate to 1, and are the eigenvalues' own within the error."""
     grid, value, stderr = density.on_grid(2000, sigma=0.2)

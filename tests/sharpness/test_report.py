@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import flatmin
 from flatmin import curvature
+from flatmin.curvature._measurement import Measurement
 from flatmin.sharpness import Report, compare, expected_sharpness, m_sharpness, pacgen, report
 from flatmin.sharpness._plan import FULL, LEAST, groups_within, planned
 from models import raw
@@ -140,6 +143,74 @@ def test_model_is_as_it_was(budget_s: float | None) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_also_after_an_exception(kind: type[BaseException]) -> None:
+    """Stopped early and late, so that it falls into several of the measures, with the weights away in some."""
+    net = Dropout()
+    calls, at = [0], 0
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == at:
+            raise kind("stop")
+        return F.cross_entropy(outputs, targets)
+
+    def run() -> None:
+        calls[0] = 0
+        amounts = {"products": 6, "probes": 1, "steps": 3, "pairs": 1, "curvature_samples": 1, "noise_samples": 1}
+        report(net, loss, parts(12, 6), m=(6,), amounts=amounts)
+
+    run()
+    before = {name: raw(t).clone() for name, t in net.state_dict().items()}
+    random, last = torch.get_rng_state(), calls[0]
+    for at in range(2, last, max(1, last // 12)):
+        with pytest.raises(kind, match="stop"):
+            run()
+        assert all(torch.equal(raw(t), before[name]) for name, t in net.state_dict().items()), at
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_nothing_outlives_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurement, which holds the model and copies of its weights, is alive afterwards, without a collection."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    plain = Measurement.__init__
+
+    def init(self: Measurement, *args: Any, **options: Any) -> None:
+        plain(self, *args, **options)
+        alive.add(self)
+        seen.append(1)
+
+    seen: list[int] = []
+    monkeypatch.setattr(Measurement, "__init__", init)
+    net = relu_net()
+    gc.collect()
+    gc.disable()
+    try:
+        kept = report(net, F.cross_entropy, parts(12, 6), held_out(), m=(6,), amounts={"products": 6, "probes": 1})
+        assert not alive
+        outside = weakref.ref(net)
+        del net
+        assert outside() is None, "the report holds the model"
+    finally:
+        gc.enable()
+    assert len(seen) > 5
+    assert kept["lambda_1"].value > 0.0
+
+
+def test_bfloat16_parameters() -> None:
+    """Against the same weights in float32, within the coarseness of 8 bits; the weights come back to the bit."""
+    net = relu_net().to(torch.bfloat16)
+    before = [raw(p).clone() for p in net.parameters()]
+    x, y = relu_data(24)
+    amounts = {"products": 30, "probes": 2, "steps": 10, "pairs": 3, "curvature_samples": 4}
+    coarse = report(net, F.cross_entropy, (x.to(torch.bfloat16), y), m=(4,), amounts=amounts)
+    assert all(torch.equal(raw(p), b) for p, b in zip(net.parameters(), before, strict=True))
+    fine = report(net.float(), F.cross_entropy, (x.float(), y), m=(4,), amounts=amounts)
+    for key in ("train_loss", "weight_norm", "gradient_norm", "lambda_1", "trace", "m_sharpness_4"):
+        assert coarse[key].value == pytest.approx(fine[key].value, rel=0.1), key
+
+
 # ---- budgets ----
 
 
@@ -179,6 +250,26 @@ def test_a_small_budget_measures_the_first_samples(forward: bool) -> None:
     )
     again = report(relu_net(2.0), F.cross_entropy, data, m=(8,), like=found)
     assert compare(found, again).differences == {}
+
+
+def test_amounts_are_those_given() -> None:
+    amounts = {"samples": 60, "products": 30, "probes": 2, "steps": 10, "pairs": 3, "curvature_samples": 4, "groups": 5}
+    found = report(relu_net(), F.cross_entropy, parts(200, 50), m=(8, 100), amounts=amounts)
+    assert found.samples == 60 and found.settings["training samples"] == 200
+    assert found.plan == FULL._replace(**{k: n for k, n in amounts.items() if k not in ("samples", "groups")})
+    assert found.m_sharpness.keys() == {8} and found.m_sharpness[8].sizes == (8,) * 5
+    assert len(found.density.nodes) == 2 and len(found.density.nodes[0]) <= 10
+    x, y = relu_data(200)
+    first = curvature.eigenvalues(relu_net(), F.cross_entropy, (x[:60], y[:60]), k=5)
+    assert found["lambda_1"].value == pytest.approx(first.lambda_1, rel=1e-6)
+    again = report(relu_net(), F.cross_entropy, parts(200, 50), m=(8, 100), like=found)
+    assert compare(found, again).differences == {}
+    assert [row.value for row in again] == [row.value for row in found]
+    # of all samples, the groups alone bounded
+    assert report(relu_net(), F.cross_entropy, parts(24, 10), m=(8,), amounts={"groups": 2}).m_sharpness[8].sizes == (
+        8,
+        8,
+    )
 
 
 # ---- side by side ----
@@ -246,6 +337,10 @@ def test_figure(found: Report, tmp_path: Path) -> None:
         ({"method": "exact"}, "method"),
         ({"seed": -1}, "seed"),
         ({"like": 3}, "like"),
+        ({"amounts": 60}, "amounts"),
+        ({"amounts": {"draws": 3}}, "amounts: 'draws' is none; there are samples, products"),
+        ({"amounts": {"probes": 0}}, "amounts: probes"),
+        ({"amounts": {"probes": 2}, "budget_s": 1.0}, "amounts"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], named: str) -> None:

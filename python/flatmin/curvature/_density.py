@@ -70,7 +70,11 @@ class SpectralDensity:
     @property
     def negative_mass(self) -> ScalarEstimate:
         """The share of the eigenvalues below 0: by more than a millionth of the largest absolute value, so that the
-        rounding of those that are 0 does not count."""
+        rounding of those that are 0 does not count.
+
+        Where most eigenvalues are near 0, as in a large net, one node of few steps stands for all of these and may lie
+        on either side: take more steps, or ``mass_below(-0.01 * lambda_1)``, which does not see them.
+        """
         return self.mass_below(-1e-6 * max(float(x.abs().max()) for x in self.nodes))
 
     @property

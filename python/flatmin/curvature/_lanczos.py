@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Eigenvalues", "check_basis", "eigenvalues", "lanczos", "next_vector"]
 
-#: Random numbers for vectors that start a run, and for those that go on after a breakdown.
-STARTS, BREAKDOWNS = 3, 4
+#: Random numbers for vectors that start a run, and for those that go on after a breakdown. See docs/random.md.
+STARTS, BREAKDOWNS = 4, 5
 
 _WHICH = ("largest", "smallest", "both", "magnitude")
 

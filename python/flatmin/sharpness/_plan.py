@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-__all__ = ["FULL", "LEAST", "Plan", "groups_within", "planned"]
+from .._checks import check_int
+
+__all__ = ["AMOUNTS", "FULL", "LEAST", "Plan", "check_amounts", "groups_within", "planned"]
 
 #: Shares of a budget: all that takes Hessian-vector products or passes of a few draws, and the groups.
 _PRODUCTS_SHARE, _GROUPS_SHARE = 0.7, 0.2
@@ -44,6 +47,19 @@ class Plan(NamedTuple):
 
 LEAST = Plan(products=25, probes=2, steps=12, pairs=2, curvature_samples=4, noise_samples=2)
 FULL = Plan(products=100, probes=5, steps=30, pairs=10, curvature_samples=20, noise_samples=10)
+
+#: What can be given as ``amounts``; two of them are no part of a plan.
+AMOUNTS = ("samples", *Plan._fields[:-1], "groups")
+
+
+def check_amounts(amounts: Any) -> dict[str, int]:
+    if not isinstance(amounts, Mapping):
+        raise TypeError(f"amounts: {amounts!r} given; give a dictionary of numbers, as {{'samples': 1000}}")
+    for name, count in amounts.items():
+        if name not in AMOUNTS:
+            raise ValueError(f"amounts: {name!r} is none; there are {', '.join(AMOUNTS)}")
+        check_int(f"amounts: {name}", count, 1)
+    return dict(amounts)
 
 
 def planned(seconds: float, product_time: float, samples: int) -> tuple[Plan, int]:

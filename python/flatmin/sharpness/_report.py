@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ._expected import expected_sharpness
 from ._m_sharpness import MSharpness, m_sharpness
 from ._pacgen import PACGen, pacgen
 from ._passes import groups, loss_and_gradient
-from ._plan import FULL, Plan, groups_within, planned
+from ._plan import FULL, Plan, check_amounts, groups_within, planned
 from ._report_result import Report
 from ._report_rows import Row, m_key
 from ._scored import Scored
@@ -39,6 +39,7 @@ def report(
     params: Iterable[Tensor] | None = None,
     budget_s: float | None = None,
     like: Report | None = None,
+    amounts: Mapping[str, int] | None = None,
     rho: float = 0.05,
     m: Sequence[int | None] = (1, 16, 256),
     adaptive: bool | str = False,
@@ -71,6 +72,10 @@ def report(
             30 steps, 10 pairs of draws, 20 probes for the diagonal, 64 groups.
         like: an earlier report, of another model on the same data: take as many samples, products, probes, draws and
             groups as it did, so that :func:`compare` compares like with like. Instead of ``budget_s``.
+        amounts: how much to measure, by name, the same on every machine: "samples" (the first ones of ``train``),
+            "products" for eigenvalues, at most, "probes" and "steps" of the density, "pairs" of draws,
+            "curvature_samples" (probes for the diagonal) and "noise_samples" of :func:`flatmin.pacgen`, "groups" of
+            each size, at most. Those left out are as without a budget. Instead of ``budget_s`` and ``like``.
         rho, m, adaptive: of :func:`flatmin.sharpness.m_sharpness`; ``m`` holds one size of groups or several, None for
             one group of all samples. A size above the number of samples is left out.
         scale: standard deviation of normal noise on each weight, for the expected sharpness.
@@ -85,6 +90,10 @@ def report(
     began = time.monotonic()
     if like is not None and budget_s is not None:
         raise ValueError("budget_s and like: both given; an earlier report says how much to measure, or a budget does")
+    if amounts is not None and (like is not None or budget_s is not None):
+        raise ValueError("amounts: given beside budget_s or like; one of them says how much to measure")
+    wanted = {} if amounts is None else check_amounts(amounts)
+    groups_at_most = wanted.pop("groups", None)
     if like is not None and not isinstance(like, Report):
         raise TypeError(f"like: a {type(like).__name__} given; give what report() returned")
     _check(budget_s, m, adaptive, seed, rho=rho, scale=scale, relative_scale=relative_scale)
@@ -93,19 +102,23 @@ def report(
     rows, total = _fit(model, loss_fn, train, test, common)
     weights, size = _weights(model, loss_fn, train, common)
     rows += weights
-    plan, data, samples = FULL, train, total
-    if budget_s is not None or like is not None:
+    plan, data, samples = FULL._replace(**{k: n for k, n in wanted.items() if k != "samples"}), train, total
+    if budget_s is not None or like is not None or "samples" in wanted:
         with Measurement(model, loss_fn, train, common["params"], "", progress=False) as measured:
             if budget_s is not None:
                 product = _product_time(measured, method)
                 plan, samples = planned(budget_s - (time.monotonic() - began), product, total)
             elif like is not None:
                 plan, samples = like.plan, min(like.samples, total)
+            else:
+                samples = min(wanted["samples"], total)
             if samples < total:
                 data = _first(measured, samples)
     found = spectrum(model, loss_fn, data, common["params"], plan, method, seed, progress)
     rows += found.rows
-    sharp, more = _m_sharpness(model, loss_fn, data, m, rho, adaptive, plan, samples, like, seed, common)
+    sharp, more = _m_sharpness(
+        model, loss_fn, data, m, rho, adaptive, plan, samples, like, groups_at_most, seed, common
+    )
     rows += more
     rows += _expected(model, loss_fn, data, scale, relative_scale, plan, seed, common)
     bound, more = _pacgen(model, loss_fn, data, plan, gamma, eps, delta, method, seed, common)
@@ -216,6 +229,7 @@ def _m_sharpness(
     plan: Plan,
     samples: int,
     like: Report | None,
+    groups_at_most: int | None,
     seed: int,
     common: dict[str, Any],
 ) -> tuple[dict[int | None, MSharpness], list[Row]]:
@@ -228,6 +242,8 @@ def _m_sharpness(
             seconds = math.inf
             if like is not None and m in like.m_sharpness:
                 options["max_groups"] = len(like.m_sharpness[m].sizes)
+            elif groups_at_most is not None:
+                options["max_groups"] = groups_at_most
             else:
                 if not math.isinf(plan.seconds_for_groups):
                     start = time.monotonic()

@@ -1,0 +1,298 @@
+"""Which measure ranks nets as their generalisation gap does? One report over the nets of the PACGen sweeps.
+
+The networks of examples/pacgen/sweeps.py, over batch sizes and over learning rates, trained again, and measured at the
+end by :func:`flatmin.report`: eigenvalues, trace, m-sharpness, expected sharpness, PACGen, norms. Then Spearman's rank
+correlation of each measure with the gap, test loss less training loss, across settings and seeds.
+
+    python examples/sharpness/ranking.py --mnist FOLDER --cifar10 ARCHIVE --out out/ranking
+    python examples/sharpness/ranking.py --out out/ranking --plot-only
+
+An interrupted command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from _nets import (
+    INK,
+    TITLES,
+    Array,
+    Batches,
+    Images,
+    Interval,
+    Net,
+    Resamples,
+    Run,
+    UsageError,
+    common_flags,
+    evaluate,
+    figure,
+    finished,
+    main,
+    perform,
+    read_json,
+    save,
+    shuffled_images,
+    size_flags,
+    size_of,
+    styled,
+    training_flags,
+    write_json,
+)
+from sweeps import BATCH, MOMENTUM, RATE, SWEEPS, Sweep, Table, tabulate
+from sweeps import Trainer as SweepTrainer
+from torch import nn
+
+import flatmin
+
+#: Rows of the report that rank: key and name. Every one is larger at a sharper minimum, or a more complex net.
+MEASURES = {
+    "m_sharpness_1": "m-sharpness, m = 1",
+    "m_sharpness_16": "m-sharpness, m = 16",
+    "m_sharpness_all": "m-sharpness, all samples",
+    "lambda_1": "lambda_1",
+    "lambda_1_over_lambda_5": "lambda_1 / lambda_5",
+    "trace": "trace",
+    "expected_sharpness": "expected sharpness",
+    "expected_relative_sharpness": "expected sharpness, relative noise",
+    "psi": "PACGen",
+    "bound_uniform": "bound of PACGen",
+    "weight_norm": "weight norm",
+    "gradient_norm": "gradient norm",
+    "train_loss": "training loss",
+}
+#: Samples in the groups of m-sharpness; None is all.
+M = (1, 16, None)
+
+
+class Size(NamedTuple):
+    """How much is trained and measured."""
+
+    batches: tuple[int, ...] = (32, 64, 128, 256, 512)
+    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15, 0.2)
+    seeds: int = 3
+    epochs: int = 25
+    train: int = 3000
+    test: int = 2000
+    samples: int = 200
+    products: int = 60
+    probes: int = 2
+    steps: int = 20
+    pairs: int = 5
+    curvature_samples: int = 5
+    noise_samples: int = 3
+    groups: int = 64
+
+
+AMOUNTS = ("samples", "products", "probes", "steps", "pairs", "curvature_samples", "noise_samples", "groups")
+
+
+class Trainer(SweepTrainer):
+    """Trains as the sweeps do, and makes a report of the last epoch."""
+
+    def _measure(self, model: Net, s: dict[str, Any], train: Images, test: Images) -> dict[str, Any]:
+        (train_loss, train_accuracy), (test_loss, test_accuracy) = (
+            evaluate(model, Batches(s["task"], part, 1000)) for part in (train, test)
+        )
+        return {
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "gap": test_loss - train_loss,
+            "train_accuracy": train_accuracy,
+            "test_accuracy": test_accuracy,
+            **reported(model, s, train.part(0, s["amounts"]["samples"])),
+        }
+
+
+def reported(model: nn.Module, s: dict[str, Any], images: Images) -> dict[str, Any]:
+    """The rows of the report on ``images``, without the losses, which are those of all images; and how long it took."""
+    data = list(Batches(s["task"], images, 500))
+    found = flatmin.report(model, F.nll_loss, data, m=M, amounts=s["amounts"], seed=s["measure_seed"], progress=False)
+    rows = {row.key: row.value for row in found if row.key in MEASURES and row.key != "train_loss"}
+    return rows | {"report_seconds": found.settings["seconds"]}
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The runs of the chosen sweeps, each once, those of a seed after each other."""
+    size: Size = args.size
+    runs = {}
+    for seed in range(args.seed, args.seed + size.seeds):
+        for sweep in (SWEEPS[name] for name in args.sweeps):
+            for value in size.batches if sweep.varied == "batch" else size.rates:
+                batch, rate = (value, RATE) if sweep.varied == "batch" else (BATCH, value)
+                settings = {
+                    "task": sweep.task,
+                    "batch": batch,
+                    "lr": rate,
+                    "momentum": MOMENTUM,
+                    "seed": seed,
+                    "epochs": size.epochs,
+                    "every": size.epochs,
+                    "train": size.train,
+                    "test": size.test,
+                    "amounts": {name: getattr(size, name) for name in AMOUNTS},
+                    "measure_seed": 0,
+                    "device": args.device,
+                }
+                name = f"{sweep.task}-batch{batch}-lr{rate:g}-seed{seed}"
+                runs[name] = Run(name, settings)
+    return list(runs.values())
+
+
+# ---- what the runs say ----
+
+
+class Ranked(NamedTuple):
+    """One sweep: every measure with its correlation, and by how much PACGen's is above it."""
+
+    table: Table
+    runs: int
+    correlation: dict[str, Interval]
+    pacgen_above: dict[str, Interval]
+
+
+def rank(table: Table) -> Ranked:
+    gap = table.columns["gap"][..., -1]
+    measures: dict[str, Array] = {key: table.columns[key][..., -1] for key in MEASURES}
+    valid = np.isfinite(gap) & np.all([np.isfinite(values) for values in measures.values()], axis=0)
+    resamples = Resamples(valid)
+    psi = measures["psi"]
+    return Ranked(
+        table,
+        resamples.runs,
+        {key: resamples.correlation(values, gap) for key, values in measures.items()},
+        {key: resamples.difference(psi, values, gap) for key, values in measures.items() if key != "psi"},
+    )
+
+
+def report(ranked: Sequence[Ranked]) -> str:
+    """A markdown table: a row for each measure, a column for each sweep."""
+    varied = {"batch": "batch size", "lr": "learning rate"}
+    head = [f"{TITLES[r.table.sweep.task]}, {varied[r.table.sweep.varied]}" for r in ranked]
+    lines = [f"| measure | {' | '.join(head)} |", "| --- " * (len(ranked) + 1) + "|"]
+    for key, name in MEASURES.items():
+        lines.append(f"| {name} | {' | '.join(f'{r.correlation[key]:+.2f}' for r in ranked)} |")
+    gaps = [r.table.columns["gap"][..., -1] for r in ranked]
+    lines.append(
+        f"| gap (nats), least to most | {' | '.join(f'{np.nanmin(g):.2f} to {np.nanmax(g):.2f}' for g in gaps)} |"
+    )
+    lines.append(f"| runs | {' | '.join(str(r.runs) for r in ranked)} |")
+    seconds = np.concatenate([r.table.columns["report_seconds"].ravel() for r in ranked])
+    lines += [
+        "",
+        f"Spearman's rank correlation with the gap at epoch {ranked[0].table.epochs[-1]}, across settings and seeds, "
+        f"95 % bootstrap intervals over both. A report took {np.nanmean(seconds):.0f} s.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(ranked: Sequence[Ranked], path: Path) -> None:
+    """Every measure's correlation with its interval, a panel for each sweep."""
+    with styled():
+        fig = figure(3.8 * len(ranked) + 3, 6.6)
+        fig.suptitle("Spearman rank correlation with the gap\nbar: 95 % bootstrap interval")
+        rows = np.arange(len(MEASURES))[::-1]
+        names = MEASURES.values()
+        labels = [name.replace("lambda_1", r"$\lambda_1$").replace("lambda_5", r"$\lambda_5$") for name in names]
+        for axes, r in zip(fig.subplots(1, len(ranked), sharey=True, squeeze=False)[0], ranked, strict=True):
+            for row, (key, interval) in zip(rows, r.correlation.items(), strict=True):
+                color = "C3" if key == "psi" else "C0"
+                axes.plot([interval.low, interval.high], [row] * 2, color=color, linewidth=2.4)
+                axes.plot(interval.value, row, "o", color=color, markersize=7)
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.set_xlim(-1.08, 1.08)
+            axes.set_yticks(rows, labels)
+            axes.set_title(r.table.sweep.title.replace(", SGD, ", "\nSGD, "), fontsize=12)
+            axes.set_xlabel("rank correlation")
+        save(fig, path)
+
+
+def evaluate_all(args: argparse.Namespace) -> None:
+    """Read every finished run in ``--out``, and write the figure, ``summary.json`` and ``summary.md``."""
+    results = [read_json(path) for path in sorted((args.out / "runs").glob("*.json"))]
+    finished(results, args.out)
+    sweeps: list[Sweep] = [SWEEPS[name] for name in args.sweeps]
+    ranked = [rank(table) for sweep in sweeps if (table := tabulate(sweep, results)) is not None]
+    if not ranked:
+        raise UsageError(f"--out {args.out}: no finished runs with two settings to compare; run without --plot-only")
+    summary = {
+        r.table.sweep.name: {
+            "settings": r.table.values,
+            "seeds": r.table.seeds,
+            "runs": r.runs,
+            "correlation": {key: i._asdict() for key, i in r.correlation.items()},
+            "pacgen_less_measure": {key: i._asdict() for key, i in r.pacgen_above.items()},
+        }
+        for r in ranked
+    }
+    write_json(args.out / "summary.json", summary)
+    text = report(ranked)
+    (args.out / "summary.md").write_text(text)
+    plot(ranked, args.out / "ranking.png")
+    print(text)
+
+
+# ---- command line ----
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    common_flags(parser, "out/ranking")
+    training_flags(parser, None)
+    parser.add_argument(
+        "--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="which of the four (all)"
+    )
+    size_flags(
+        parser,
+        Size(),
+        {
+            "batches": "batch sizes of the sweep",
+            "rates": "learning rates of the sweep",
+            "seeds": "seeds of each setting",
+            "epochs": "passes over the training images",
+            "train": "training images",
+            "test": "test images",
+            "samples": "training images on which a report measures",
+            "products": "of a report, for eigenvalues",
+            "probes": "of a report, for the density",
+            "steps": "of Lanczos for each probe",
+            "pairs": "of draws of a report, for the expected sharpness",
+            "curvature_samples": "probes of a report, for PACGen",
+            "noise_samples": "draws of a report, for PACGen",
+            "groups": "of a report, for m-sharpness",
+        },
+    )
+    args = parser.parse_args(argv)
+    args.size = size_of(args, Size())
+    largest = max(m for m in M if m is not None)
+    if args.size.samples < largest:
+        parser.error(
+            f"argument --samples: {args.size.samples} given; m-sharpness takes groups of {largest}, so at least that"
+        )
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what is missing, then evaluate everything."""
+    if not args.plot_only:
+        if args.size.samples > args.size.train:
+            raise UsageError(f"--samples {args.size.samples}: more than the {args.size.train} training images")
+        given = {"mnist": args.mnist, "cifar10": args.cifar10}
+        tasks = sorted({SWEEPS[name].task for name in args.sweeps})
+        sources = {task: str(given[task]) if given[task] else "" for task in tasks}
+        cache = str(args.out / "cache")
+        for task in tasks:  # here and not in the processes: errors come early, images are decoded once
+            train, test = shuffled_images(task, sources[task], cache, args.device, 0)
+            train.part(0, args.size.train), test.part(0, args.size.test)
+        perform(args.out, plan(args), Trainer(sources, cache, args.device), args.jobs, "ranking")
+    evaluate_all(args)
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse_args(None)))
