@@ -24,7 +24,7 @@ def train(net: nn.Module, data: list[_toy.Batch]) -> list[float]:
             loss.backward()
             return loss
 
-        return float(opt.step(closure))
+        return opt.step(closure).item()
 
     engine, losses = Engine(update), list[float]()
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: losses.append(engine.state.output))
