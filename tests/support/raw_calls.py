@@ -187,7 +187,9 @@ def _misaligned(rng: random.Random, t: Tensor) -> Tensor:
     if t.dtype in (torch.bool, torch.int8, torch.uint8) or t.numel() == 0:
         return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
     held = bytearray(t.numel() * t.element_size() + t.element_size())
-    return torch.frombuffer(held, dtype=t.dtype, count=t.numel(), offset=rng.randrange(1, t.element_size())).view(t.shape)
+    return torch.frombuffer(held, dtype=t.dtype, count=t.numel(), offset=rng.randrange(1, t.element_size())).view(
+        t.shape
+    )
 
 
 def _freed(rng: random.Random, t: Tensor) -> Tensor:
@@ -293,7 +295,7 @@ def _spoil_list(rng: random.Random, given: dict[str, Any], name: str) -> str:
     elif kind == "shorter":
         given[name] = values[:-1]
     elif kind == "longer":
-        given[name] = [*values, rng.choice(values).clone()]
+        given[name] = [*values, _numbers(rng, _shape(rng))]
     elif kind == "twice":
         given[name] = [*values[:-1], values[0]]
     elif kind == "swapped":
@@ -327,8 +329,8 @@ def _spoil(rng: random.Random, operator: str, given: dict[str, Any]) -> str:
     kind = rng.choice((*_ELEMENTS, "alias", "alias"))
     if kind == "huge" and not _library.WRITTEN[operator]:
         kind = "expanded"  # a reduction would have to read them all
-    if t.numel() > _POOL_LENGTH:
-        return f"{where}: left"  # torch would copy all of it
+    if t.numel() > _POOL_LENGTH or (t.layout == torch.strided and t.numel() > 0 and not _in_memory(t)):
+        return f"{where}: left"  # torch would copy all of it, or read where nothing is
     try:
         made = _alias(rng, t, given) if kind == "alias" else _ELEMENTS[kind](rng, t)
     except Exception:  # torch itself has no such tensor
@@ -355,7 +357,9 @@ class RawCall:
     def __post_init__(self) -> None:
         rng = random.Random(self.seed)
         self.operator = rng.choice(OPERATORS)
-        case = _Drawn(self.operator, rng.choice(_selftest.DTYPES), rng, [_shape(rng) for _ in range(_number_of_tensors(rng))])
+        case = _Drawn(
+            self.operator, rng.choice(_selftest.DTYPES), rng, [_shape(rng) for _ in range(_number_of_tensors(rng))]
+        )
         schema = _library.OPERATORS[self.operator]._schema
         names = _library.ARGUMENTS[self.operator]
         self.given = dict(zip(names, _selftest.arguments_of(case, schema, _MAKERS), strict=True))
