@@ -149,7 +149,8 @@ static bool op_save_(fm_args *args, StableIValue *stack) {
   const fm_options o = {0};
   const fm_scalars s = {0};
   fm_list list = {0};
-  add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  add_list(args, &lists, "params", FM_PARAM,
+           FM_WRITE); /* by what brings them back: no overlap, no byte of the backup */
   return take_lists(args, &lists, "backup", &list) && run_update(args, FM_SAVE, &list, &o, &s);
 }
 

@@ -105,6 +105,12 @@ def test_a_narrow_element_within_a_wide_one() -> None:
     refuse("sam_ascend_", good("sam_ascend_") | given, "params[0]", "params[1]", "share memory")
 
 
+def test_parameters_within_their_backup() -> None:
+    """They would be copied onto themselves, from where they overlap."""
+    backup = torch.zeros(128, dtype=torch.uint8)
+    refuse("save_", {"params": [backup.view(torch.float32)[4:24]], "backup": backup}, "params[0]", "share memory")
+
+
 # ---- single tensors ----
 
 

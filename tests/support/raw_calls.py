@@ -247,7 +247,7 @@ _ELEMENTS: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
     "many dimensions": _many_dimensions,
     "leaf": lambda rng, t: t.detach().requires_grad_(),
     "parameter": lambda rng, t: torch.nn.Parameter(t, requires_grad=False),
-    "negative": lambda rng, t: torch._neg_view(t),
+    "negative": lambda rng, t: torch._neg_view(t) if t.is_floating_point() else t,
     "zero": _zero_tensor,
 }
 
@@ -427,7 +427,7 @@ def _may_be_written(call: RawCall) -> set[int]:
     allowed: set[int] = set()
     for name in _library.WRITTEN[call.operator]:
         for t in _every(call.given[name]):
-            if _in_memory(t):
+            if _in_memory(t) and t.numel() > 0:
                 size = t.element_size()
                 for at in _elements(t):
                     allowed.update(range(at, at + size))

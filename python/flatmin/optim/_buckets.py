@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from .. import ops
+from .. import ops, reference
 from .._distributed import is_dtensor, local_gradient, shard_groups
 
 if TYPE_CHECKING:
@@ -108,7 +108,21 @@ class Bucket:
         if self.shards is not None:
             increment_version(self.params)
 
-    # -- back to w ---------------------------------------------------------------------------------------------------
+    # -- away from w and back ------------------------------------------------------------------------------------------
+
+    def mark(self) -> Tensor:
+        """Before an operator that moves the weights: bytes of the backup that it will change. An exception may come
+        between the operator and the note that it ran, as Ctrl-C does, and only the backup tells then."""
+        last = next((p for p in reversed(self.local()) if p.numel() > 0), None)
+        place = 0 if last is None else self.backup.numel() - reference.backup_nbytes([last])
+        self._place = self.backup[place : place + 8].bitwise_not_()
+        return self._place.clone()
+
+    def find_moved(self, mark: Tensor) -> None:
+        """After an exception: set :attr:`moved`. A backup that was not written gets its bytes back."""
+        self.moved = not torch.equal(self._place, mark)
+        if not self.moved:
+            self._place.bitwise_not_()
 
     def restore(self) -> None:
         ops.restore_(self.local(), self.backup)

@@ -164,8 +164,13 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 options["gamma"], options["eps"] = _NEIGHBOURHOODS[self.settings.sizing]
             else:
                 options["sizes"] = bucket.sizes()
-        tally = ops.scaled_noise_(bucket.local(), bucket.backup, key, **options)
-        bucket.moved = bucket.saved = True
+        mark = bucket.mark()
+        try:
+            tally = ops.scaled_noise_(bucket.local(), bucket.backup, key, **options)
+            bucket.moved = bucket.saved = True
+        except BaseException:
+            bucket.find_moved(mark)
+            raise
         bucket.bump_versions()
         return tally
 

@@ -142,12 +142,17 @@ class AscentSet(PerturbedSet[Bucket]):
         words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
         stream = None if words is None else on_device(words, device)
         options = {"q": self.q, "eps": self.eps, "key": stream, **m.options}
-        if with_norm:
-            self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
-        else:
-            assert self.norm is not None
-            ops.sam_ascend_(m.params, m.grads, bucket.backup, on_device(self.norm, device), rho, **options)
-        bucket.moved = True
+        mark = bucket.mark()
+        try:
+            if with_norm:
+                self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
+            else:
+                assert self.norm is not None
+                ops.sam_ascend_(m.params, m.grads, bucket.backup, on_device(self.norm, device), rho, **options)
+            bucket.moved = True
+        except BaseException:
+            bucket.find_moved(mark)
+            raise
         bucket.bump_versions()
 
 
