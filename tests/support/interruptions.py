@@ -15,19 +15,19 @@ class Interrupted:
     entered, the code of the context itself left out.
 
     Attributes:
-        lines: lines seen so far.
+        files: of the lines seen so far.
         where: the line that raised.
     """
 
     def __init__(self, error: type[BaseException], number: int | None) -> None:
         self._error, self._number = error, number
-        self.lines = 0
+        self.files: list[str] = []
         self.where = "nowhere"
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
-            self.lines += 1
-            if self.lines - 1 == self._number:
+            self.files.append(frame.f_code.co_filename)
+            if len(self.files) - 1 == self._number:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 raise self._error
         return self._trace
@@ -40,8 +40,8 @@ class Interrupted:
         sys.settrace(None)
 
 
-def lines_of(action: Callable[[], object]) -> int:
-    """How many lines ``action`` runs."""
+def lines_of(action: Callable[[], object]) -> list[str]:
+    """The files of the lines that ``action`` runs, in their order."""
     with Interrupted(BaseException, None) as seen:
         action()
-    return seen.lines - 1  # the last is that of __exit__
+    return seen.files[:-1]  # without that of __exit__

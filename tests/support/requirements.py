@@ -31,6 +31,12 @@ LAUNCH_ROWS = int(re.findall(r"FM_CUDA_ROWS = (\d+)", _LAUNCHER.read_text())[0])
 #: GPUs that run the CUDA kernels: none where only torch has a GPU.
 GPUS = torch.cuda.device_count() if "cuda" in _library.DEVICES else 0
 
+
+def _free_gib() -> float:
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) / 2**20 if found else 0.0
+
+
 #: For ``@pytest.mark.requires(part)``: whether it is here. A machine with nvcc must have built the CUDA library.
 PARTS = {
     "nvcc": NVCC is not None,
@@ -39,6 +45,7 @@ PARTS = {
     "a CPU build of torch": torch.version.cuda is None,
     "hypothesis": HYPOTHESIS,
     "the wheels of `make wheels`": bool(WHEELS),
+    "make soak and 11 GiB of free memory": "FLATMIN_SOAK" in os.environ and _free_gib() > 11,
     "scipy": find_spec("scipy") is not None,
 }
 
