@@ -137,8 +137,8 @@ static void corrupt(const fm_label_job *job, int64_t begin, int64_t end) {
     } else {
       random_block(&stream, (int64_t)part.number, words);
     }
-    (job->noise.slots > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead,
-                                                        job->out + at, part.count);
+    (job->noise.slots > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead, job->out + at,
+                                                        part.count);
     at += part.count;
   }
 }
@@ -171,4 +171,5 @@ static void draw(const fm_draw_job *job, int64_t begin, int64_t end) {
 #define FM_JOIN(a, b) a##b
 #define FM_LABELS_NAME(kernels) FM_JOIN(kernels, _labels)
 
-const fm_label_kernels FM_LABELS_NAME(FM_KERNELS_NAME) = {.out_of_range = out_of_range, .labels = corrupt, .draws = draw};
+const fm_label_kernels FM_LABELS_NAME(FM_KERNELS_NAME) = {
+    .out_of_range = out_of_range, .labels = corrupt, .draws = draw};

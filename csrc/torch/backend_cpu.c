@@ -1,5 +1,4 @@
 /* The CPU backend: the core's operators on torch's threads. */
-#define _POSIX_C_SOURCE 200809L /* getpid */
 #include "backend.h"
 #include "threads.h"
 

@@ -1,8 +1,8 @@
 """An exception at any line of a step leaves the weights at their bits of before it, or of after it.
 
-Python shows Ctrl-C, and torch a lack of memory, wherever it happens to be: so each of both is raised at each line in turn,
-in the test's own functions, in flatmin, in torch and in the standard library. `make soak` does so at every line; here it is
-every line of flatmin and some of the others, and fewer for a lack of memory.
+Python shows Ctrl-C, and torch a lack of memory, wherever it happens to be: so each of both is raised at each line in
+turn, in the test's own functions, in flatmin, in torch and in the standard library. `make soak` does so at every line;
+here it is every line of flatmin and some of the others, and fewer for a lack of memory.
 """
 
 from __future__ import annotations
