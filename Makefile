@@ -12,6 +12,8 @@
 #   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (5 minutes)
 #   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
 #   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
+#   make fuzz                       a million random calls of every operator under AddressSanitizer and UBSan; CALLS=20000
+#   make soak                       200 kills of a training, every line of a step interrupted, a tensor of 2^31 elements
 #   make lint                       formats, clang-tidy, ruff, mypy
 #   make trainers                   the recipes of examples/trainers/ with the real packages, in an environment of their own
 #   make docs                       the site of docs/ in out/site, in an environment of its own, without torch
@@ -27,6 +29,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.10
 DATA ?=
 EPOCHS ?= 3
+CALLS ?= 1000000
 JOBS ?= 2
 ARGS ?=
 FM_CUDA_ARCHITECTURES ?= all
@@ -50,7 +53,8 @@ SHOWN = sh -c 'printf "\n== %s\n" "$$1"; shift; \
   (t=0; while sleep 10 >/dev/null 2>&1; do t=$$((t + 10)); printf "   %d s ...\n" $$t; done) & clock=$$!; \
   trap "kill $$clock" EXIT; "$$@"' shown
 
-.PHONY: mnist finetune plan torchvision test ctest pytest trainers with-trainers docs lint bench gpu wheel wheels compilers clean
+.PHONY: mnist finetune plan torchvision test ctest pytest trainers with-trainers docs fuzz soak lint bench gpu wheel wheels \
+  compilers clean
 
 $(VENV)/.created:
 	@$(SHOWN) 'virtual environment in $(VENV)' $(PYTHON) -m venv $(VENV)
@@ -113,9 +117,11 @@ finetune: $(VENV)/.installed $(VENV)/.finetune
 
 test: ctest pytest
 
+CONFIGURE_TESTS = $(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON \
+  -DFM_CUDA_ARCHITECTURES=90-real \
+  -DFM_TORCH_INCLUDE=$$($(BIN)/python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
 ctest: $(VENV)/.test-tools
-	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFM_WERROR=ON -DFM_TESTS=ON -DFM_CUDA_ARCHITECTURES=90-real \
-	  -DFM_TORCH_INCLUDE=$$($(BIN)/python -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
+	$(CONFIGURE_TESTS)
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300
 	build/tests/tests/c/fm_test_shipped digests > build/digests.txt
@@ -144,6 +150,15 @@ $(VENV)-docs/.docs: docs/requirements.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/pip install --quiet -r docs/requirements.txt
 	touch $@
+
+# The sanitized kernels are those of ctest.
+fuzz: $(VENV)/.test-tools
+	$(CONFIGURE_TESTS)
+	@$(SHOWN) 'the operators under AddressSanitizer and UBSan' $(BIN)/cmake --build build/tests --target fm_sanitized
+	$(BIN)/python tools/fuzz.py --calls $(CALLS) $(ARGS)
+
+soak: $(VENV)/.wheel-installed $(VENV)/.test-tools
+	FLATMIN_SOAK=1 FLATMIN_KILLS=200 $(BIN)/python -m pytest tests/hardening $(ARGS)
 
 # Without pip's isolation: each build would fetch zig again and make its C libraries anew.
 $(VENV)/.zig: $(VENV)/.created

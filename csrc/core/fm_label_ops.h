@@ -30,17 +30,19 @@ typedef struct fm_draw_job {
   float *out;
 } fm_draw_job;
 
-/* What one thread runs: elements [begin, end). The first returns whether a label is out of range. */
-typedef bool fm_label_fn(const fm_label_job *job, int64_t begin, int64_t end);
+/* What one thread runs: elements [begin, end). The first returns whether a label is neither in range nor ignored. */
+typedef bool fm_range_check_fn(const fm_label_job *job, int64_t begin, int64_t end);
+typedef void fm_label_fn(const fm_label_job *job, int64_t begin, int64_t end);
 typedef void fm_draw_fn(const fm_draw_job *job, int64_t begin, int64_t end);
 
 /* One table for each instruction set, compiled from csrc/cpu/labels.c. */
 typedef struct fm_label_kernels {
+  fm_range_check_fn *out_of_range;
   fm_label_fn *labels;
   fm_draw_fn *draws;
 } fm_label_kernels;
 
-/* The position of the first label out of range, or -1 and `out` is filled. */
+/* The position of the first label out of range, with nothing written, or -1 and `out` is filled. */
 int64_t fm_corrupt_labels(const fm_label_job *job, fm_parallel_for parallel_for);
 
 void fm_draw_samples(const fm_draw_job *job, fm_parallel_for parallel_for);

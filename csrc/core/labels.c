@@ -28,24 +28,31 @@ typedef struct fm_label_run {
   atomic_bool out_of_range;
 } fm_label_run;
 
-static void run_labels(int64_t begin, int64_t end, void *context) {
+static void check_labels(int64_t begin, int64_t end, void *context) {
   fm_label_run *run = context;
-  if (run->kernels->labels(run->job, begin, end)) {
+  if (run->kernels->out_of_range(run->job, begin, end)) {
     atomic_store_explicit(&run->out_of_range, true, memory_order_relaxed);
   }
+}
+
+static void run_labels(int64_t begin, int64_t end, void *context) {
+  const fm_label_run *run = context;
+  run->kernels->labels(run->job, begin, end);
 }
 
 int64_t fm_corrupt_labels(const fm_label_job *job, fm_parallel_for parallel_for) {
   fm_label_run run = {.job = job, .kernels = active()};
   atomic_init(&run.out_of_range, false);
-  parallel_for(0, job->samples.numel, FM_SAMPLE_GRAIN, run_labels, &run);
-  int64_t first = -1;
+  parallel_for(0, job->samples.numel, FM_SAMPLE_GRAIN, check_labels, &run);
   if (atomic_load(&run.out_of_range)) {
-    do {
+    int64_t first = 0;
+    while (fm_label_in_range(&job->noise, job->labels[first]) || job->labels[first] == job->noise.ignored) {
       first++;
-    } while (fm_label_in_range(&job->noise, job->labels[first]) || job->labels[first] == job->noise.ignored);
+    }
+    return first;
   }
-  return first;
+  parallel_for(0, job->samples.numel, FM_SAMPLE_GRAIN, run_labels, &run);
+  return -1;
 }
 
 typedef struct fm_draw_run {

@@ -93,34 +93,37 @@ static void words_alone(const fm_samples *s, const fm_stream *stream, int64_t at
 
 /* ---- labels ---- */
 
-/* Whether any label is out of range: a number as wide as a label, or the loop would not be vectorised. */
-FM_INLINE int64_t move_block(const fm_label_noise *noise, const int64_t *restrict labels,
-                             const uint32_t *restrict words, int64_t *restrict out, int n) {
-  const fm_label_noise own = *noise;
+/* A number as wide as a label tells whether any is out of range, or the loop would not be vectorised. */
+static bool out_of_range(const fm_label_job *job, int64_t begin, int64_t end) {
+  const fm_label_noise own = job->noise;
   int64_t wrong = 0;
-  for (int i = 0; i < n; i++) {
-    const int64_t label = labels[i], moved = fm_label_moved(&own, label, words[i]);
-    const bool within = fm_label_in_range(&own, label);
-    out[i] = within ? moved : label;
-    wrong |= (within ? 0 : 1) & (label != own.ignored ? 1 : 0);
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t label = job->labels[i];
+    wrong |= (fm_label_in_range(&own, label) ? 0 : 1) & (label != own.ignored ? 1 : 0);
   }
-  return wrong;
+  return wrong != 0;
 }
 
-static int64_t look_up_block(const fm_label_noise *noise, const int64_t *labels, const uint32_t *words, int64_t *out,
-                             int n) {
-  int64_t wrong = 0;
+/* Labels that are ignored stay. */
+FM_INLINE void move_block(const fm_label_noise *noise, const int64_t *restrict labels, const uint32_t *restrict words,
+                          int64_t *restrict out, int n) {
+  const fm_label_noise own = *noise;
+  for (int i = 0; i < n; i++) {
+    const int64_t label = labels[i], moved = fm_label_moved(&own, label, words[i]);
+    out[i] = fm_label_in_range(&own, label) ? moved : label;
+  }
+}
+
+static void look_up_block(const fm_label_noise *noise, const int64_t *labels, const uint32_t *words, int64_t *out,
+                          int n) {
   for (int i = 0; i < n; i++) {
     const bool within = fm_label_in_range(noise, labels[i]);
     out[i] = within ? fm_label_from_table(noise, labels[i], words[i]) : labels[i];
-    wrong |= !within && labels[i] != noise->ignored;
   }
-  return wrong;
 }
 
-static bool corrupt(const fm_label_job *job, int64_t begin, int64_t end) {
+static void corrupt(const fm_label_job *job, int64_t begin, int64_t end) {
   const fm_stream stream = stream_of(&job->samples);
-  int64_t wrong = 0;
   for (int64_t at = begin; at < end;) {
     uint32_t words[FM_BLOCK];
     const fm_part part = part_from(&job->samples, at, end);
@@ -134,11 +137,10 @@ static bool corrupt(const fm_label_job *job, int64_t begin, int64_t end) {
     } else {
       random_block(&stream, (int64_t)part.number, words);
     }
-    wrong |= (job->noise.slots > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead,
-                                                                 job->out + at, part.count);
+    (job->noise.slots > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead, job->out + at,
+                                                        part.count);
     at += part.count;
   }
-  return wrong != 0;
 }
 
 /* ---- draws ---- */
@@ -169,4 +171,5 @@ static void draw(const fm_draw_job *job, int64_t begin, int64_t end) {
 #define FM_JOIN(a, b) a##b
 #define FM_LABELS_NAME(kernels) FM_JOIN(kernels, _labels)
 
-const fm_label_kernels FM_LABELS_NAME(FM_KERNELS_NAME) = {.labels = corrupt, .draws = draw};
+const fm_label_kernels FM_LABELS_NAME(FM_KERNELS_NAME) = {
+    .out_of_range = out_of_range, .labels = corrupt, .draws = draw};

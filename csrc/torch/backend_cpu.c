@@ -2,14 +2,32 @@
 #include "backend.h"
 #include "threads.h"
 
+#include <stdatomic.h>
+#include <unistd.h>
+
 /* Torch's own threads, so their number and pool are those that the user set. */
 static void on_torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context) {
   torch_parallel_for(begin, end, grain, fn, context);
 }
 
+/* Whether this process was forked from one that has run kernels. It has one thread, and GNU's OpenMP, on which torch
+ * runs, would wait for the others of its parent for ever. */
+static bool is_forked(void) {
+  static _Atomic int64_t first_user = 0;
+  const int64_t own = getpid();
+  int64_t known = 0;
+  return !atomic_compare_exchange_strong(&first_user, &known, own) && known != own;
+}
+
 /* The core's parallel_for. */
 static void torch_threads(int64_t begin, int64_t end, int64_t grain, fm_range_fn fn, void *context) {
   uint32_t threads = 1;
+  if (is_forked()) {
+    if (begin < end) {
+      fn(begin, end, context);
+    }
+    return;
+  }
   torch_get_num_threads(&threads);
   fm_steal_work(on_torch_threads, threads, begin, end, grain, fn, context);
 }

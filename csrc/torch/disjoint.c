@@ -53,7 +53,7 @@ static bool mark_bytes(const fm_extent *extent, const char *base, unsigned char 
       }
     }
     unsigned char *at = map + (v->data - base) + offset * size;
-    if (at[0] != 0 || at[size - 1] != 0) {
+    if (memchr(at, 1, (size_t)size) != NULL) { /* also in the middle: a 16-bit element within one of 64 bits */
       return false;
     }
     memset(at, 1, (size_t)size);

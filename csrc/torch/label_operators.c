@@ -15,26 +15,16 @@ static const fm_tensor *refuse(fm_args *args, const fm_arg *arg, const char *why
 static const fm_tensor *take_tensor(fm_args *args, int a) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
-  if (t->layout != aoti_torch_layout_strided()) {
-    return refuse(args, arg, "is sparse; give a dense tensor (t.to_dense())");
-  }
-  if (args->device_index < 0) {
-    args->device_index = t->device_index;
-  }
-  if (t->device_type != args->device_type || t->device_index != args->device_index) {
-    return refuse(args, arg, "is on another device than the others; move it");
+  if (!fm_check_place(args, arg, 0)) {
+    return NULL;
   }
   if (t->dtype != aoti_torch_dtype_int64()) {
     return refuse(args, arg, "is not of type int64; convert it");
   }
-  int64_t reach = 1;
-  for (int64_t d = t->dims - 1; d >= 0 && t->numel > 0; d--) {
-    if (t->size[d] != 1 && t->stride[d] != reach) {
-      return refuse(args, arg, "is not contiguous; give t.contiguous()");
-    }
-    reach *= t->size[d];
+  if (!fm_is_contiguous(t)) {
+    return refuse(args, arg, "is not contiguous; give t.contiguous()");
   }
-  return t;
+  return fm_check_aligned(args, arg, 0, sizeof(int64_t)) ? t : NULL;
 }
 
 static bool take_integer(fm_args *args, int a, int64_t least, int64_t most, int64_t *value) {
@@ -89,7 +79,7 @@ static bool take_table(fm_args *args, int bounds, int targets, fm_label_noise *n
   return true;
 }
 
-/* `out` may be neither the labels nor the index: it is written before the last label has been checked. */
+/* `out` may be neither the labels nor the index: other threads read them while it is written. */
 static bool take_out(fm_args *args, int out, const fm_tensor *labels, const fm_samples *samples, int64_t **to) {
   const fm_tensor *t = take_tensor(args, out);
   if (t == NULL) {
@@ -141,8 +131,14 @@ bool op_draw_samples(fm_args *args, StableIValue *stack) {
                    args->arg[LAW].integer);
   }
   if (!take_integer(args, COUNT, 0, INT64_C(1) << FM_SAMPLE_BITS, &sizes[0]) ||
-      !take_integer(args, INNER, 0, INT32_MAX, &sizes[1]) ||
-      !take_samples(args, INDEX, KEY, sizes[0] * sizes[1], &job.samples)) {
+      !take_integer(args, INNER, 0, INT32_MAX, &sizes[1])) {
+    return false;
+  }
+  if (sizes[1] > 0 && sizes[0] > (INT64_C(1) << FM_SAMPLE_BITS) / sizes[1]) {
+    return fm_fail(args, "count: %" PRId64 " samples of %" PRId64 " elements are more than there are numbers for",
+                   sizes[0], sizes[1]);
+  }
+  if (!take_samples(args, INDEX, KEY, sizes[0] * sizes[1], &job.samples)) {
     return false;
   }
   const int64_t strides[2] = {sizes[1] > 1 ? sizes[1] : 1, 1};

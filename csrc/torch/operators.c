@@ -149,7 +149,8 @@ static bool op_save_(fm_args *args, StableIValue *stack) {
   const fm_options o = {0};
   const fm_scalars s = {0};
   fm_list list = {0};
-  add_list(args, &lists, "params", FM_PARAM, FM_READ);
+  add_list(args, &lists, "params", FM_PARAM,
+           FM_WRITE); /* by what brings them back: no overlap, no byte of the backup */
   return take_lists(args, &lists, "backup", &list) && run_update(args, FM_SAVE, &list, &o, &s);
 }
 
@@ -193,10 +194,16 @@ static bool take_averages_of_step(fm_args *args, fm_lists *lists, fm_options *o)
   return take_averages(args, lists, o);
 }
 
+/* An empty one is none. What is sparse, and so has no elements here, take_lists refuses. */
+static bool has_backup(const fm_args *args) {
+  const fm_tensor *backup = &get(args, "backup")->tensors[0];
+  return backup->numel != 0 || backup->layout != aoti_torch_layout_strided();
+}
+
 /* The lists of a base step. An empty backup stands for the parameters as they are: a step from where they are is the
  * same pass, which reads each element before it writes it. */
 static bool take_stepped(fm_args *args, const fm_lists *lists, fm_list *list) {
-  if (args->arg[find(args, "backup")].tensors[0].numel != 0) {
+  if (has_backup(args)) {
     return take_lists(args, lists, "backup", list);
   }
   if (!take_lists(args, lists, NULL, list)) {
@@ -251,12 +258,15 @@ static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
          take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
 }
 
+/* The last count from which float64 goes on by 1. */
+#define FM_MOST_STEPS 9007199254740992.0
+
 /* Adam's step counters: float32 or float64 tensors of one element, as torch keeps them. */
 static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *count) {
   const fm_tensor *t = &arg->tensors[i];
   float narrow = 0.0F;
   const bool single = t->dtype == aoti_torch_dtype_float32();
-  if (t->device_type != aoti_torch_device_type_cpu() || t->numel != 1 ||
+  if (t->device_type != aoti_torch_device_type_cpu() || t->numel != 1 || t->data == NULL ||
       (!single && t->dtype != aoti_torch_dtype_float64())) {
     return fm_fail(args, "%s[%lld] must be a float32 tensor of one element on the CPU", arg->name, (long long)i);
   }
@@ -266,7 +276,8 @@ static bool step_count(fm_args *args, const fm_arg *arg, int64_t i, double *coun
   } else {
     memcpy(count, t->data, sizeof *count);
   }
-  return true;
+  return (*count >= 0.0 && *count < FM_MOST_STEPS) ||
+         fm_fail(args, "%s[%lld] is %g, but it counts steps", arg->name, (long long)i, *count);
 }
 
 static void set_step_count(const fm_tensor *t, double count) {
@@ -371,8 +382,7 @@ static bool op_axpy_(fm_args *args, StableIValue *stack) {
   fm_list list = {0};
   add_list(args, &lists, "params", FM_PARAM, FM_WRITE);
   add_list(args, &lists, "x", FM_GRAD, FM_READ);
-  const bool saves = get(args, "backup")->tensors[0].numel > 0;
-  return take_lists(args, &lists, saves ? "backup" : NULL, &list) && take_scalar(args, "scale", &s.scale) &&
+  return take_lists(args, &lists, has_backup(args) ? "backup" : NULL, &list) && take_scalar(args, "scale", &s.scale) &&
          run_update(args, FM_AXPY, &list, &o, &s);
 }
 

@@ -36,6 +36,20 @@ bool fm_fail(fm_args *args, const char *format, ...) {
 
 /* ---- from the stack ---- */
 
+/* The product of the sizes, of which one may be 0 and the others anything. */
+static int64_t count_elements(const int64_t *size, int64_t dims) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < dims; d++) {
+    if (size[d] == 0) {
+      return 0;
+    }
+  }
+  for (int64_t d = 0; d < dims; d++) {
+    numel *= size[d];
+  }
+  return numel;
+}
+
 /* A shim call on a live tensor does not fail; if one does, torch and this library disagree. */
 static bool describe(fm_args *args, AtenTensorHandle handle, fm_tensor *t) {
   void *data = NULL;
@@ -54,10 +68,7 @@ static bool describe(fm_args *args, AtenTensorHandle handle, fm_tensor *t) {
   t->data = data;
   t->size = size;
   t->stride = stride;
-  t->numel = size != NULL ? 1 : 0;
-  for (int64_t d = 0; size != NULL && d < t->dims; d++) {
-    t->numel *= size[d];
-  }
+  t->numel = size != NULL ? count_elements(size, t->dims) : 0;
   return !failed || fm_fail(args, "flatmin: torch's C interface refused a tensor; this torch is not supported");
 }
 
@@ -182,7 +193,10 @@ static bool float_dtype(int32_t torch_dtype, fm_dtype *dtype) {
   return false;
 }
 
-static bool check_place(fm_args *args, const fm_arg *arg, int64_t i) {
+/* Twice what the 47 bits of an address space could hold, and few enough for sums and products with what comes here. */
+enum { FM_MOST_ELEMENT_BITS = 48 };
+
+bool fm_check_place(fm_args *args, const fm_arg *arg, int64_t i) {
   char text[FM_LABEL_LENGTH];
   const fm_tensor *t = &arg->tensors[i];
   if (t->layout != aoti_torch_layout_strided()) {
@@ -194,13 +208,39 @@ static bool check_place(fm_args *args, const fm_arg *arg, int64_t i) {
   if (t->device_type != args->device_type || t->device_index != args->device_index) {
     return fm_fail(args, "%s is on another device than the others; call once for each device", fm_label(arg, i, text));
   }
+  if (t->numel > 0 && t->data == NULL) {
+    return fm_fail(args, "%s has no memory (a shard that was given back?); call while it has its elements",
+                   fm_label(arg, i, text));
+  }
+  if (t->numel > INT64_C(1) << FM_MOST_ELEMENT_BITS) {
+    return fm_fail(args, "%s has %" PRId64 " elements, more than there is memory (expanded?); give memory of its own",
+                   fm_label(arg, i, text), t->numel);
+  }
+  return true;
+}
+
+bool fm_check_aligned(fm_args *args, const fm_arg *arg, int64_t i, size_t bytes) {
+  char text[FM_LABEL_LENGTH];
+  return (uintptr_t)arg->tensors[i].data % bytes == 0 ||
+         fm_fail(args, "%s does not begin at a multiple of %zu bytes in memory; give a copy (t.clone())",
+                 fm_label(arg, i, text), bytes);
+}
+
+bool fm_is_contiguous(const fm_tensor *t) {
+  int64_t reach = 1;
+  for (int64_t d = t->dims - 1; d >= 0 && t->numel > 0; d--) {
+    if (t->size[d] != 1 && t->stride[d] != reach) {
+      return false;
+    }
+    reach *= t->size[d];
+  }
   return true;
 }
 
 static bool take_view(fm_args *args, const fm_arg *arg, int64_t i, fm_view *view) {
   char text[FM_LABEL_LENGTH];
   const fm_tensor *t = &arg->tensors[i];
-  if (!check_place(args, arg, i)) {
+  if (!fm_check_place(args, arg, i)) {
     return false;
   }
   if (!float_dtype(t->dtype, &view->dtype)) {
@@ -208,7 +248,7 @@ static bool take_view(fm_args *args, const fm_arg *arg, int64_t i, fm_view *view
                    fm_label(arg, i, text));
   }
   view->data = t->data;
-  return true;
+  return fm_check_aligned(args, arg, i, fm_dtype_size(view->dtype));
 }
 
 /* ---- order of elements ---- */
@@ -263,7 +303,7 @@ static bool check_no_overlap(fm_args *args, const fm_arg *arg, int64_t i) {
 static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm_view *view) {
   fm_layout layout;
   layout.dims = 0;
-  for (int k = 0; k < order->count; k++) {
+  for (int k = 0; k < order->count && t->numel > 0; k++) { /* strides of no elements can be anything */
     const int64_t size = t->size[order->dim[k]], stride = t->stride[order->dim[k]];
     const int last = layout.dims - 1;
     if (last >= 0 && layout.stride[last] == size * stride) { /* walks on where the outer dimension steps */
@@ -274,7 +314,7 @@ static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm
       layout.stride[layout.dims++] = stride;
     }
   }
-  if (layout.dims == 0 || (layout.dims == 1 && layout.stride[0] == 1) || t->numel == 0) {
+  if (layout.dims == 0 || (layout.dims == 1 && layout.stride[0] == 1)) {
     view->layout = NULL;
     return true;
   }
@@ -291,6 +331,9 @@ static bool lay_out(fm_args *args, const fm_tensor *t, const fm_order *order, fm
 
 static bool alloc_rows(fm_args *args, int64_t count, fm_list *list) {
   assert(count >= 0);
+  if (count > PTRDIFF_MAX / (int64_t)sizeof *list->rows) {
+    return fm_fail(args, "out of memory: working space for %" PRId64 " rows asked for", count);
+  }
   list->count = count;
   list->rows = fm_args_alloc(args, (size_t)count * sizeof *list->rows);
   list->first_chunk = fm_args_alloc(args, ((size_t)count + 1) * sizeof *list->first_chunk);
@@ -373,7 +416,10 @@ bool fm_take_filters(fm_args *args, int a, int operand, bool whole, fm_list *lis
   const fm_arg *arg = &args->arg[a];
   int64_t count = 0, r = 0;
   for (int64_t i = 0; i < arg->count; i++) {
-    count += whole || arg->tensors[i].dims < 2 ? 1 : arg->tensors[i].size[0];
+    const bool one = whole || arg->tensors[i].dims < 2 || arg->tensors[i].layout != aoti_torch_layout_strided();
+    if (__builtin_add_overflow(count, one ? 1 : arg->tensors[i].size[0], &count)) {
+      count = INT64_MAX; /* which alloc_rows refuses */
+    }
   }
   if (!alloc_rows(args, count, list)) {
     return false;
@@ -398,7 +444,9 @@ bool fm_take_filters(fm_args *args, int a, int operand, bool whole, fm_list *lis
     }
     for (int64_t f = 0; f < filters; f++, r++) {
       list->rows[r].operand[operand] = view;
-      list->rows[r].operand[operand].data += f * apart * (int64_t)fm_dtype_size(view.dtype);
+      if (filter.numel > 0) {
+        list->rows[r].operand[operand].data += f * apart * (int64_t)fm_dtype_size(view.dtype);
+      }
       list->rows[r].numel = filter.numel;
       list->rows[r].wide = view.dtype == FM_F64;
     }
@@ -419,25 +467,42 @@ bool fm_take_partials(fm_args *args, int64_t (*partials)(int64_t chunks), int pl
   return true;
 }
 
+static int64_t bytes_in_backup(const fm_row *row) {
+  const int64_t bytes = row->numel * (int64_t)fm_dtype_size(row->operand[FM_PARAM].dtype);
+  return (bytes + FM_ALIGNMENT - 1) / FM_ALIGNMENT * FM_ALIGNMENT;
+}
+
 bool fm_take_backup(fm_args *args, int a, fm_list *list) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
-  if (!check_place(args, arg, 0)) {
+  if (!fm_check_place(args, arg, 0)) {
     return false;
   }
   int64_t needed = 0;
+  size_t widest = 1;
   for (int64_t i = 0; i < list->count; i++) {
-    fm_row *row = &list->rows[i];
-    const fm_dtype dtype = row->operand[FM_PARAM].dtype;
-    row->operand[FM_OLD] = (fm_view){t->data + needed, NULL, dtype};
-    const int64_t bytes = row->numel * (int64_t)fm_dtype_size(dtype);
-    needed += (bytes + FM_ALIGNMENT - 1) / FM_ALIGNMENT * FM_ALIGNMENT;
+    const size_t size = fm_dtype_size(list->rows[i].operand[FM_PARAM].dtype);
+    widest = size > widest ? size : widest;
+    if (__builtin_add_overflow(needed, bytes_in_backup(&list->rows[i]), &needed)) {
+      needed = INT64_MAX; /* which no tensor has */
+    }
   }
   if (t->dtype != aoti_torch_dtype_uint8() || t->dims != 1 || t->numel != needed || (needed > 1 && t->stride[0] != 1)) {
     return fm_fail(args,
                    "%s must be a contiguous uint8 tensor of %" PRId64 " elements for these %" PRId64
                    " parameters; allocate it with flatmin.ops.backup_like(params)",
                    arg->name, needed, list->count);
+  }
+  if (!fm_check_aligned(args, arg, 0, widest)) {
+    return false;
+  }
+  char *data = t->data;
+  for (int64_t i = 0; i < list->count; i++) {
+    fm_row *row = &list->rows[i];
+    row->operand[FM_OLD] = (fm_view){data, NULL, row->operand[FM_PARAM].dtype};
+    if (row->numel > 0) { /* without any there is no backup to point into */
+      data += bytes_in_backup(row);
+    }
   }
   return true;
 }
@@ -447,22 +512,22 @@ bool fm_take_backup(fm_args *args, int a, fm_list *list) {
 bool fm_take_scalars(fm_args *args, int a, int64_t count, const double **value) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
-  if (!check_place(args, arg, 0)) {
+  if (!fm_check_place(args, arg, 0)) {
     return false;
   }
-  if (t->dtype != aoti_torch_dtype_float64() || t->numel != count || (count > 1 && t->stride[t->dims - 1] != 1)) {
+  if (t->dtype != aoti_torch_dtype_float64() || t->numel != count || !fm_is_contiguous(t)) {
     return count == 1
                ? fm_fail(args, "%s must be a float64 tensor of one element", arg->name)
                : fm_fail(args, "%s must be a contiguous float64 tensor of %" PRId64 " elements", arg->name, count);
   }
   *value = (const double *)(const void *)t->data;
-  return true;
+  return fm_check_aligned(args, arg, 0, sizeof **value);
 }
 
 bool fm_take_key(fm_args *args, int a, const uint64_t **key) {
   const fm_arg *arg = &args->arg[a];
   const fm_tensor *t = &arg->tensors[0];
-  if (!check_place(args, arg, 0)) {
+  if (!fm_check_place(args, arg, 0)) {
     return false;
   }
   if (t->dtype != aoti_torch_dtype_uint64() || (t->numel != 0 && t->numel != 2) || t->dims != 1 ||
@@ -470,7 +535,7 @@ bool fm_take_key(fm_args *args, int a, const uint64_t **key) {
     return fm_fail(args, "%s must be a contiguous uint64 tensor (seed, step), or empty to round to nearest", arg->name);
   }
   *key = t->numel == 2 ? (const uint64_t *)(const void *)t->data : NULL;
-  return true;
+  return *key == NULL || fm_check_aligned(args, arg, 0, sizeof **key);
 }
 
 bool fm_take_full_key(fm_args *args, int a, const uint64_t **key) {

@@ -63,6 +63,15 @@ bool fm_fail(fm_args *args, const char *format, ...) __attribute__((format(print
 /* An argument in a message: its name, with the index if it is a list. `text` may hold the answer. */
 const char *fm_label(const fm_arg *arg, int64_t i, char text[FM_LABEL_LENGTH]);
 
+/* Whether a tensor is dense, on the operator's device, and has the memory of its elements. */
+bool fm_check_place(fm_args *args, const fm_arg *arg, int64_t i);
+
+/* Whether its memory begins where elements of so many bytes may: a compiler counts on it. */
+bool fm_check_aligned(fm_args *args, const fm_arg *arg, int64_t i, size_t bytes);
+
+/* Whether its elements lie one after another. */
+bool fm_is_contiguous(const fm_tensor *t);
+
 /* How the operator uses a list. A norm multiplies in double and reads any floating type beside any other. */
 typedef enum fm_use { FM_READ, FM_READ_ANY_TYPE, FM_WRITE } fm_use;
 

@@ -68,11 +68,13 @@ EXCEPT: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass
 class Case:
-    """One call of one operator: a type, options, and how many tensors have been made for it."""
+    """One call of one operator: a type, options, and what has been made for it. `tests/support/raw_calls.py` derives
+    its own from it, with other shapes and values."""
 
     operator: str
     dtype: torch.dtype
     rng: random.Random
+    shapes: Sequence[tuple[int, ...]] = SHAPES
     options: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -84,8 +86,12 @@ class Case:
 
     def tensors(self, layout: str = "mixed", dtype: torch.dtype | None = None) -> list[Tensor]:
         """One tensor of each shape; "mixed": matrices transposed, images in channels_last, vectors with gaps."""
-        made = [self.values(shape, dtype or self.dtype) for shape in SHAPES]
-        return [_strided(t) for t in made] if layout == "mixed" else made
+        made = [self.values(shape, dtype or self.dtype) for shape in self.shapes]
+        return [self.laid_out(t) for t in made] if layout == "mixed" else made
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        """The same values with the strides of "mixed"."""
+        return _strided(t)
 
     def positive(self) -> list[Tensor]:
         return [t.abs() for t in self.tensors()]
@@ -192,7 +198,7 @@ TENSORS: dict[str, Callable[[Case], Tensor | list[Tensor]]] = {
     "scale": _scalar(0.5),
     "sizes": Case.sizes,
     "sources": Case.either,
-    "steps": lambda _: [torch.tensor(float(i)) for i in range(len(SHAPES))],
+    "steps": lambda case: [torch.tensor(float(i)) for i in range(len(case.shapes))],
     "targets": lambda _: torch.empty(0, dtype=torch.int64),
     "tensors": Case.tensors,
     "weights": Case.tensors,
@@ -211,20 +217,24 @@ class Result:
     failure: str | None = None
 
 
-def _arguments(case: Case, schema: torch.FunctionSchema) -> list[Any]:
+def arguments_of(
+    case: Case,
+    schema: torch.FunctionSchema,
+    makers: Mapping[str, Callable[[Case], Tensor | list[Tensor]]] = TENSORS,
+) -> list[Any]:
     """Arguments in the order of the schema; ``LookupError`` for a name that has no maker."""
     excluded = EXCEPT.get(case.operator, {})
     for argument in schema.arguments:
         if argument.name in OPTIONS:
             choices = [value for value in OPTIONS[argument.name] if value not in excluded.get(argument.name, ())]
             case.options[argument.name] = case.rng.choice(choices)
-        elif argument.name not in TENSORS:
+        elif argument.name not in makers:
             raise LookupError(f"the self-test has no value for its argument {argument.name!r} (flatmin/_selftest.py)")
     if case.options.get("nesterov") and not case.options["momentum"]:
         case.options["nesterov"] = False
     for argument in schema.arguments:
-        if argument.name in TENSORS:
-            case.made[argument.name] = TENSORS[argument.name](case)
+        if argument.name in makers:
+            case.made[argument.name] = makers[argument.name](case)
     return [{**case.options, **case.made}[argument.name] for argument in schema.arguments]
 
 
@@ -274,7 +284,7 @@ def _difference(got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtyp
 
 def _check(case: Case, operator: Any, device: str) -> str | None:
     """One call on ``device`` beside the reference on the CPU: results and everything that is written."""
-    arguments = _arguments(case, operator._schema)
+    arguments = arguments_of(case, operator._schema)
     names = [argument.name for argument in operator._schema.arguments]
     given = [_twin(value, "cpu" if name == "steps" else device) for name, value in zip(names, arguments, strict=True)]
     expected = [_twin(value, "cpu") for value in arguments]

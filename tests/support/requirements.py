@@ -44,6 +44,12 @@ TRAINERS = (
     "schedulefree",
 )
 
+
+def _free_gib() -> float:
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) / 2**20 if found else 0.0
+
+
 #: For ``@pytest.mark.requires(part)``: whether it is here. A machine with nvcc must have built the CUDA library.
 PARTS = {
     "nvcc": NVCC is not None,
@@ -52,6 +58,7 @@ PARTS = {
     "a CPU build of torch": torch.version.cuda is None,
     "hypothesis": HYPOTHESIS,
     "the wheels of `make wheels`": bool(WHEELS),
+    "make soak and 11 GiB of free memory": "FLATMIN_SOAK" in os.environ and _free_gib() > 11,
     "scipy": find_spec("scipy") is not None,
     # timm cannot be imported without torchvision, of which there is none for every build of torch
     "timm and its packages": all(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,16 @@ DEVICES: frozenset[str] = frozenset({"cpu", "cuda"} if _load_cuda() else {"cpu"}
 _ON_THE_HOST = ("steps",)
 
 
-def _check_one_device(lists: Sequence[Sequence[Tensor]]) -> None:
-    """A list with meta tensors in it lands here whatever the rest is: refuse a mixture, as the kernels do."""
-    devices = {t.device.type for tensors in lists for t in tensors}
-    if len(devices) > 1:
-        raise RuntimeError(f"tensors on different devices ({', '.join(sorted(devices))}); call once for each device")
+def _check_one_device(given: dict[str, Any]) -> None:
+    """A call with one meta tensor in it lands here whatever the rest is: refuse a mixture, as the kernels do, rather
+    than do nothing."""
+    devices, hosts = set[str](), set[str]()
+    for name, value in given.items():
+        found = hosts if name in _ON_THE_HOST else devices
+        found.update(t.device.type for t in ([value] if isinstance(value, Tensor) else value))
+    if len(devices) > 1 or not hosts <= devices | {"cpu"}:
+        every = ", ".join(sorted(devices | hosts))
+        raise RuntimeError(f"tensors on different devices ({every}); call once for each device")
 
 
 def _scalar(given: dict[str, Any]) -> tuple[int, ...]:
@@ -136,17 +141,29 @@ def _fake(name: str) -> Callable[..., Tensor | None]:
 
     def fake(*args: Any, **kwargs: Any) -> Tensor | None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        lists = [v for key, v in given.items() if isinstance(v, list) and key not in _ON_THE_HOST]
-        _check_one_device(lists)
-        return None if shape is None else lists[0][0].new_empty(shape(given), dtype=torch.float64)
+        tensors = {key: v for key, v in given.items() if isinstance(v, Tensor | list)}
+        _check_one_device(tensors)
+        if shape is None:
+            return None
+        first = next(t for v in tensors.values() for t in ([v] if isinstance(v, Tensor) else v))
+        return first.new_empty(shape(given), dtype=torch.float64)
 
     return fake
 
 
+def _corrupt_labels(*args: Any) -> None:
+    _check_one_device({str(i): t for i, t in enumerate(args) if isinstance(t, Tensor)})
+
+
+def _draw_samples(index: Tensor, key: Tensor, count: int, inner: int, law: int) -> Tensor:
+    _check_one_device({"index": index, "key": key})
+    return index.new_empty((count, inner), dtype=torch.float32)
+
+
 #: Shape functions of the operators on labels, which take no lists.
 _SAMPLES: dict[str, Callable[..., Tensor | None]] = {
-    "corrupt_labels": lambda *args: None,
-    "draw_samples": lambda index, key, count, inner, law: index.new_empty((count, inner), dtype=torch.float32),
+    "corrupt_labels": _corrupt_labels,
+    "draw_samples": _draw_samples,
 }
 
 for _name in OPERATORS:

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from .. import ops
+from .. import ops, reference
 from .._distributed import is_dtensor, local_gradient, shard_groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Bucket", "PerturbedSet", "RestoreAndStep", "alike", "name_of", "params_of", "trained", "with_gradient"]
+__all__ = [
+    "Bucket",
+    "Mark",
+    "PerturbedSet",
+    "RestoreAndStep",
+    "alike",
+    "name_of",
+    "params_of",
+    "trained",
+    "with_gradient",
+]
 
 #: An operator that restores and takes a base's step in one pass.
 RestoreAndStep = Callable[..., Tensor]
@@ -79,6 +89,24 @@ def alike(groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequen
     return list(map(tuple, found.values()))
 
 
+class Mark:
+    """Bytes of a backup that the next operator will change, if it runs: an exception may come between the operator and
+    the note that it ran, as Ctrl-C does, and only the backup tells then."""
+
+    def __init__(self, backup: Tensor, params: Sequence[Tensor]) -> None:
+        last = next((p for p in reversed(params) if p.numel() > 0), None)
+        place = 0 if last is None else backup.numel() - reference.backup_nbytes([last])
+        self._place = backup[place : place + 8].bitwise_not_()
+        self._before = self._place.clone()
+
+    def overwritten(self) -> bool:
+        """Whether the operator ran. A backup that was not written gets its bytes back."""
+        if not torch.equal(self._place, self._before):
+            return True
+        self._place.bitwise_not_()
+        return False
+
+
 class Bucket:
     """Parameters of groups with equal options on one device: one call of each operator.
 
@@ -133,7 +161,7 @@ class Bucket:
         if self.shards is not None:
             increment_version(self.params)
 
-    # -- back to w ---------------------------------------------------------------------------------------------------
+    # -- away from w and back ------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
         ops.restore_(self.local(), self.backup)

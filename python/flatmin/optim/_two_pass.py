@@ -106,16 +106,16 @@ class TwoPass(Perturbing):
         Raises:
             RuntimeError: the weights are perturbed already, or a gradient is sparse.
         """
-        self._ascend()
+        self._refuse_unless_at_rest("ascend()")
         try:
+            self._ascend()
             self._clear_for_second_pass()
             yield
             self._finish_gradient()
-        except BaseException:
+            self.restore()
+        except BaseException:  # it may come at any line, of restore() too
             self._abandon()
             raise
-        finally:
-            self.restore()
 
     def ascend(self) -> None:
         """Move the weights from ``w`` to ``w + e`` by the gradients that they hold. :meth:`perturb` is safer."""
@@ -177,8 +177,9 @@ class TwoPass(Perturbing):
 
     def _run_perturbed(self, closure: Closure) -> Any:
         """Ascend and run ``closure`` without gradients. The weights stay perturbed, unless it raises."""
-        self._ascend()
+        self._refuse_unless_at_rest("ascend()")
         try:
+            self._ascend()
             self._clear_for_second_pass()
             result = closure()
             self._finish_gradient()
@@ -209,11 +210,15 @@ class TwoPass(Perturbing):
             self._base_step()
             return None
         self._refuse_unless_at_rest("step(closure)")
-        with torch.enable_grad():
-            loss, record = self._run_closure(closure, passed=self._watch.passed)
-            if self.active and not record.untouched():
-                self._run_perturbed(closure)
-        self._base_step()
+        try:
+            with torch.enable_grad():
+                loss, record = self._run_closure(closure, passed=self._watch.passed)
+                if self.active and not record.untouched():
+                    self._run_perturbed(closure)
+            self._base_step()
+        except BaseException:
+            self._abandon()
+            raise
         return loss
 
     def first_step(self, zero_grad: bool = False) -> None:

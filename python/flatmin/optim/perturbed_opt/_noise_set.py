@@ -7,7 +7,7 @@ POPT-1, the project's own definition after arXiv 1809.07402: sizes, averages and
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import repeat
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import ops
 from ..._devices import on_device
 from ..._distributed import combine, local_gradient, rank
-from .._buckets import PerturbedSet, alike, name_of, params_of, trained, with_gradient
+from .._buckets import Mark, PerturbedSet, alike, name_of, params_of, trained, with_gradient
 from ._bias_correction import BiasCorrection
 from ._noise_bucket import NoiseBucket, ParameterState, Part, Subset, local
 from ._nonfinite import NonFiniteFlag
@@ -54,6 +54,14 @@ class NoiseStats(NamedTuple):
     mean_sigma: Tensor
     capped_fraction: Tensor
     invalid: Tensor
+
+
+class Moved(NamedTuple):
+    """A part that is away from ``w``, and what its operator said of it, unless an exception came between."""
+
+    bucket: NoiseBucket
+    part: Part
+    tally: Tensor | None
 
 
 def can_move(group: dict[str, Any]) -> bool:
@@ -146,28 +154,28 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         # Each group draws by itself, numbered as if it had buckets of its own.
         order = sorted(part for bucket in buckets for part in bucket.parts(groups))
         numbers = {part: number for number, part in enumerate(order)}
-        moved: list[tuple[NoiseBucket, Part, Tensor]] = []
+        moved: list[Moved] = []
         try:
             for bucket in self.buckets:
                 parts = bucket.parts(groups)
                 streams = tuple(self._stream(bucket, numbers[part], len(order)) for part in parts)
                 keys = bucket.keys(self.seed, draw, streams)
                 options = self._options_of(bucket, groups[bucket.groups[0]], factor)
-                for part, tally in self._move(bucket, parts, keys, options):
-                    moved.append((bucket, part, tally))
-                    self.nonfinite.record(tally[2])
+                self._move(bucket, parts, keys, options, moved)
             for bucket in self.buckets:
                 bucket.moved = bucket.saved = True
                 bucket.bump_versions()
         except BaseException:
-            for bucket, part, _ in moved:  # of the others the backup holds nothing
+            for each in moved:  # of the others the backup holds nothing
+                bucket, part = each.bucket, each.part
                 backup = bucket.backups()[bucket.parts(groups).index(part)]
                 ops.restore_(bucket.local()[part.start : part.stop], backup)
                 bucket.bump_versions()
                 bucket.moved = bucket.saved = False
             self.restore()
             raise
-        self._tallies = [(tally, part.elements) for _, part, tally in sorted(moved, key=lambda each: each[1])]
+        in_order = sorted(moved, key=lambda each: each.part)
+        self._tallies = [(each.tally, each.part.elements) for each in in_order if each.tally is not None]
         return bool(self.buckets)
 
     def take_back_draw(self) -> None:
@@ -178,14 +186,28 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 bucket.forget_keys()
 
     def _move(
-        self, bucket: NoiseBucket, parts: Sequence[Part], keys: Tensor, options: dict[str, Any]
-    ) -> Iterator[tuple[Part, Tensor]]:
-        """Move one part after the other, and give what the operator says of each."""
+        self,
+        bucket: NoiseBucket,
+        parts: Sequence[Part],
+        keys: Tensor,
+        options: dict[str, Any],
+        moved: list[Moved],
+    ) -> None:
+        """Move one part after the other, and note in ``moved`` what the operator says of each."""
         params = bucket.local()
         lists = {name: value for name, value in options.items() if isinstance(value, list)}
         for part, backup, key in zip(parts, bucket.backups(), keys.unbind(), strict=True):
             own = {name: value[part.start : part.stop] for name, value in lists.items()}
-            yield part, ops.scaled_noise_(params[part.start : part.stop], backup, key, **(options | own))
+            its = params[part.start : part.stop]
+            mark, before = Mark(backup, its), len(moved)
+            try:
+                tally = ops.scaled_noise_(its, backup, key, **(options | own))
+                moved.append(Moved(bucket, part, tally))
+            except BaseException:
+                if mark.overwritten() and len(moved) == before:
+                    moved.append(Moved(bucket, part, None))
+                raise
+            self.nonfinite.record(tally[2])
 
     def _options_of(self, bucket: NoiseBucket, group: dict[str, Any], factor: float) -> dict[str, Any]:
         options: dict[str, Any] = {"distribution": self.settings.distribution}

@@ -220,11 +220,14 @@ class PerturbedOPT(ReadableNoise):
         Raises:
             RuntimeError: the weights are perturbed already, or something is not finite (see the class).
         """
-        self.ascend()
+        self._refuse_unless_at_rest("ascend()")
         try:
+            self.ascend()
             yield
-        finally:
             self.restore()
+        except BaseException:  # it may come at any line, of restore() too
+            self._abandon()
+            raise
 
     def ascend(self) -> None:
         """Move the weights from ``w`` to ``w + u``. :meth:`perturb` is safer."""
@@ -256,15 +259,16 @@ class PerturbedOPT(ReadableNoise):
         loss = None
         if closure is not None:
             self._refuse_unless_at_rest("step(closure)")
-            try:
+        try:
+            if closure is not None:
                 with torch.enable_grad():
                     loss = self._run_draws(closure)
-            except BaseException:
-                self._abandon()
-                raise
-        self._refuse_what_is_not_finite()
-        self._base_step()
-        self._refuse_what_is_not_finite()
+            self._refuse_what_is_not_finite()
+            self._base_step()
+            self._refuse_what_is_not_finite()
+        except BaseException:
+            self._abandon()
+            raise
         return loss
 
     def _base_scales(self) -> bool:

@@ -13,7 +13,7 @@ from ... import ops
 from ..._checks import check_radius
 from ..._devices import on_device
 from ..._distributed import combine, total
-from .._buckets import Bucket, PerturbedSet, alike, name_of, params_of, trained, with_gradient
+from .._buckets import Bucket, Mark, PerturbedSet, alike, name_of, params_of, trained, with_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -160,12 +160,17 @@ class AscentSet(PerturbedSet[Bucket]):
         words = None if key is None else torch.tensor([key[0], key[1] << 16 | position], dtype=torch.uint64)
         stream = None if words is None else on_device(words, device)
         options = {"q": self.q, "eps": self.eps, "key": stream, **m.options}
-        if with_norm:
-            self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
-        else:
-            assert self.norm is not None
-            ops.sam_ascend_(m.params, m.grads, bucket.backup, on_device(self.norm, device), rho, **options)
-        bucket.moved = True
+        mark = Mark(bucket.backup, m.params)
+        try:
+            if with_norm:
+                self.norm = ops.sam_norm_ascend_(m.params, m.grads, bucket.backup, rho, **options)
+            else:
+                assert self.norm is not None
+                ops.sam_ascend_(m.params, m.grads, bucket.backup, on_device(self.norm, device), rho, **options)
+            bucket.moved = True
+        except BaseException:
+            bucket.moved = mark.overwritten()
+            raise
         bucket.bump_versions()
 
 
