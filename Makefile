@@ -5,7 +5,7 @@
 #                                   server answers, scikit-learn's handwritten digits take their place
 #   make mnist DATA=folder          the same from a folder with the four MNIST .gz files; DATA=digits takes the digits
 #   make mnist EPOCHS=14            as long as the original example (2 minutes an epoch on two cores)
-#   make finetune                   fine-tune EfficientNet-Lite0 with SAM on images that come with a package (5 minutes);
+#   make finetune                   fine-tune EfficientNet-Lite0 with SAM on images that come with a package;
 #   make finetune DATA=folder       the same on train/<class>/ and test/<class>/ in a folder or archive;
 #                                   DATA=torchvision:OxfordIIITPet downloads
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds

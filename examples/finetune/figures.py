@@ -83,6 +83,8 @@ def comparison(results: Mapping[str, Sequence[dict[str, Any]]], probe: float, ti
             if of is panels[0][1]:
                 axes.axhline(probe, color=INK, linestyle=":", label=f"linear probe, {probe:.1f} %")
                 axes.legend()
+                low, high = axes.get_ylim()  # intervals of two seeds reach beyond all that there is
+                axes.set_ylim(max(low, 0.0), min(high, 100.0))
             else:
                 axes.set_ylim(bottom=0.0)
             axes.set_xticks(range(len(results)), list(results))
