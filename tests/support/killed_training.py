@@ -61,6 +61,9 @@ def train(kind: str, path: Path, after_step: Callable[[], object] = lambda: None
         opt.zero_grad()
         if kind != "PerturbedOPT":
             gradient()
+        else:
+            with torch.no_grad():  # BatchNorm's statistics, which do not count under noise
+                model(x[rows])
         with opt.perturb():
             gradient()
         opt.step()
