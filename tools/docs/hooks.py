@@ -16,11 +16,12 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
+PICTURE = re.compile(r"!\[([^\]]*)\]\(docs/([^)\s]+)\)")
 log = logging.getLogger("mkdocs.hooks.flatmin")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The README becomes index.md, with its links seen from docs/."""
+    """The README becomes index.md, with its links and pictures seen from docs/."""
     readme = (ROOT / "README.md").read_text()
     files.append(File.generated(config, "index.md", content=_seen_from_docs(readme)))
     return files
@@ -33,7 +34,7 @@ def _seen_from_docs(readme: str) -> str:
             return match[0]
         return f"[{text}]({posixpath.relpath(target, 'docs')}{anchor or ''})"
 
-    return LINK.sub(seen, readme)
+    return LINK.sub(seen, PICTURE.sub(r"![\1](\2)", readme))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
