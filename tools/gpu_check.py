@@ -15,6 +15,7 @@ Exit status: 0, or 1 if a part failed or was cut off.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 4000  # characters of a part's output that go into the JSON
 GRACE_SECONDS = 2.0  # for Python to print where it was, between the abort and the kill
+CHILDREN_SECONDS = 0.5  # the same for the processes that it started
 TOTAL_SECONDS = 480  # of all limits: the questions to torch and nvcc, and the parts
 TORCH_LIMIT, NVCC_LIMIT = 30, 5
 REHEARSAL_PATIENCE = 4  # times the limits: nobody waits for the machine of a dry run, and it may have two cores
@@ -98,16 +100,16 @@ def verdicts(output: str) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a whole process group. Python first says where it was: PYTHONFAULTHANDLER makes the abort a traceback."""
-    for number, patience in ((signal.SIGABRT, GRACE_SECONDS), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+    """End a whole process group. Python first says where it was: PYTHONFAULTHANDLER makes the abort a traceback. The part
+    itself goes before those that it started, so that its traceback is in one piece."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGABRT)
+        time.sleep(CHILDREN_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
