@@ -100,8 +100,8 @@ def verdicts(output: str) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a whole process group. Python first says where it was: PYTHONFAULTHANDLER makes the abort a traceback. The part
-    itself goes before those that it started, so that its traceback is in one piece."""
+    """End a whole process group. Python first says where it was: PYTHONFAULTHANDLER makes the abort a traceback. The
+    part itself goes before those that it started, so that its traceback is in one piece."""
     if process.poll() is None:
         process.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
