@@ -344,11 +344,7 @@ __global__ void fm_plain_dot_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l, int64_t
 /* Blocks of a processor, by what they bring: registers of a thread that are enough without a spill. */
 template <fm_update UPDATE>
 FM_DEVICE constexpr int fm_plain_residents() {
-  return UPDATE == FM_AVERAGE             ? 6
-         : UPDATE == FM_SCALED_NOISE      ? 4
-         : fm_tally_of<UPDATE>::term >= 0 ? 5
-         : UPDATE == FM_RESTORE_ADAM      ? 3
-                                          : 4;
+  return UPDATE == FM_AVERAGE ? 6 : UPDATE == FM_RESTORE_ADAM ? 3 : 4;
 }
 
 template <fm_update UPDATE>

@@ -55,10 +55,10 @@ PLAIN = {
     "plain blend": 64,  # 4 of 256; 48
     "plain sgd": 64,  # 4 of 256; 56
     "plain adam": 80,  # 3 of 256; 72
-    "plain sgd_curvature": 96,  # 5 of 128; 96
-    "plain adam_curvature": 96,  # 5 of 128; 96
+    "plain sgd_curvature": 128,  # 4 of 128; 92
+    "plain adam_curvature": 128,  # 4 of 128; 122
     "plain lion": 64,  # 4 of 256; 56
-    "plain lion_curvature": 96,  # 5 of 128; 90
+    "plain lion_curvature": 128,  # 4 of 128; 92
     "plain noise": 128,  # 4 of 128; 115
     "plain average": 80,  # 6 of 128; 80
     "plain probe": 64,  # 4 of 256; 55
