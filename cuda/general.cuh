@@ -255,7 +255,7 @@ template <fm_update UPDATE>
 FM_DEVICE fm_sum FM_NAME(fm_update_chunk)(const fm_cuda_launch *l, const fm_cuda_row *row, int64_t start, int thread,
                                           int threads, const fm_options *o) {
   const int width = FM_NAME(FM_WIDTH);
-  constexpr int tally = fm_tally_of<UPDATE>::term;
+  constexpr int tally = fm_columns_of<UPDATE>::term;
   const int64_t n = fm_chunk_size(row, start);
   const int form = fm_form(UPDATE, o, &row->traits, fm_present_in(row));
   const fm_sum none = {0.0, 0.0, 0.0, 0.0};

@@ -78,8 +78,8 @@ FM_DEVICE int64_t fm_row_end(const fm_run *run) {
 /* ---- reductions ---- */
 
 template <int TERM>
-FM_DEVICE void fm_plain_products(fm_sum *lanes, const fm_cuda_row *row, int64_t start, int64_t n, int thread,
-                                 bool products, const fm_options *o) {
+FM_DEVICE void fm_plain_terms(fm_sum *lanes, const fm_cuda_row *row, int64_t start, int64_t n, int thread,
+                              bool products, const fm_options *o) {
   const bool pacgen = TERM == FM_TERM_PACGEN;
   const int scaling = pacgen ? FM_SCALE_NONE : row->traits.scaling, k = pacgen ? FM_CURVATURE : FM_GRAD;
   const bool weighs = pacgen || scaling != FM_SCALE_NONE, bounds = pacgen && row->data[FM_LIPSCHITZ] != NULL;
@@ -119,7 +119,7 @@ FM_DEVICE fm_sum fm_plain_reduce_chunk(const fm_cuda_row *row, int64_t start, in
   const bool pacgen = TERM == FM_TERM_PACGEN;
   const fm_sum none = {0.0, 0.0, 0.0, 0.0}, unit = {0.0, 1.0, 1.0, 0.0}, first = pacgen ? unit : none;
   fm_sum lanes[8] = {first, first, first, first, first, first, first, first};
-  fm_plain_products<TERM>(lanes, row, start, n, thread, true, o);
+  fm_plain_terms<TERM>(lanes, row, start, n, thread, true, o);
   if (pacgen) {
     bool normal = true;
 #pragma unroll
@@ -135,7 +135,7 @@ FM_DEVICE fm_sum fm_plain_reduce_chunk(const fm_cuda_row *row, int64_t start, in
       }
     }
     if (!normal) {
-      fm_plain_products<TERM>(lanes, row, start, n, thread, false, o);
+      fm_plain_terms<TERM>(lanes, row, start, n, thread, false, o);
     }
   }
   return fm_fold_plain_lanes<TERM>(lanes);
@@ -200,7 +200,7 @@ FM_HD bool fm_is_plain_update(fm_update update, const fm_options *o) { return up
 
 template <fm_update UPDATE>
 FM_DEVICE constexpr int fm_plain_forms() {
-#define FM_KIND(kind, count, which, absent) (int)fm_tally_of<UPDATE>::forms == (int)(kind) ? (count):
+#define FM_KIND(kind, count, which, absent) (int)fm_columns_of<UPDATE>::forms == (int)(kind) ? (count):
   return UPDATE == FM_ASCEND ? FM_FORM_ANY_POWER : FM_FORM_KINDS(FM_KIND) 0;
 #undef FM_KIND
 }
@@ -270,7 +270,7 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
 template <fm_update UPDATE, int FORM>
 FM_DEVICE fm_sum fm_plain_chunk(const fm_cuda_row *row, int64_t start, int thread, int threads, bool moves,
                                 const fm_rule_f32 *rule) {
-  constexpr int tally = fm_tally_of<UPDATE>::term;
+  constexpr int tally = fm_columns_of<UPDATE>::term;
   const int64_t n = fm_chunk_size(row, start);
   const fm_sum none = {0.0, 0.0, 0.0, 0.0};
   if (tally < 0) {
@@ -348,7 +348,7 @@ FM_DEVICE constexpr int fm_plain_residents() {
 }
 
 template <fm_update UPDATE>
-__global__ void __launch_bounds__(fm_tally_of<UPDATE>::term >= 0 ? FM_CUDA_CHUNKS * FM_CUDA_WARP : FM_CUDA_THREADS,
+__global__ void __launch_bounds__(fm_columns_of<UPDATE>::term >= 0 ? FM_CUDA_CHUNKS * FM_CUDA_WARP : FM_CUDA_THREADS,
                                   fm_plain_residents<UPDATE>())
     fm_plain_update_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   fm_options o = l.options;

@@ -219,14 +219,14 @@ FM_DEVICE unsigned fm_present_in(const fm_cuda_row *row) {
 }
 
 template <fm_update UPDATE>
-struct fm_tally_of;
-#define FM_TALLY_OF(update, name, reads, writes, kind, optional, tally, copy) \
-  template <>                                                                 \
-  struct fm_tally_of<update> {                                                \
-    enum { term = (tally), forms = (kind) };                                  \
+struct fm_columns_of;
+#define FM_COLUMNS_OF(update, name, reads, writes, kind, optional, tally, copy) \
+  template <>                                                                   \
+  struct fm_columns_of<update> {                                                \
+    enum { term = (tally), forms = (kind) };                                    \
   };
-FM_UPDATES(FM_TALLY_OF)
-#undef FM_TALLY_OF
+FM_UPDATES(FM_COLUMNS_OF)
+#undef FM_COLUMNS_OF
 
 /* ---- the same loops for float and double arithmetic ---- */
 
