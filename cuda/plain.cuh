@@ -353,12 +353,14 @@ __global__ void __launch_bounds__(fm_columns_of<UPDATE>::term >= 0 ? FM_CUDA_CHU
     fm_plain_update_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   fm_options o = l.options;
   fm_read_scalars(&o, &l.scalars);
-  const bool tallies = fm_shape_of(UPDATE).tally >= 0, moves = UPDATE != FM_ASCEND || fm_ascend_moves_f32(&o);
+  const bool tallies = fm_shape_of(UPDATE).tally >= 0;
   const int threads = tallies ? FM_CUDA_WARP : FM_CUDA_THREADS, at_once = tallies ? FM_CUDA_CHUNKS : 1;
   const int thread = (int)threadIdx.x % threads;
   fm_run run = fm_run_of(&l, (int64_t)blockIdx.x * at_once + threadIdx.x / threads, (int64_t)gridDim.x * at_once);
   for (; run.chunk < run.end; run.row++) {
+    fm_read_own_scalars(&o, &l.scalars, run.row->index);
     const int form = fm_form(UPDATE, &o, &run.row->traits, fm_present_in(run.row));
+    const bool moves = UPDATE != FM_ASCEND || fm_ascend_moves_f32(&o);
     fm_rule_f32 rule;
     fm_set_rule_f32(&rule, UPDATE, &o, &run.row->traits);
     for (const int64_t end = fm_row_end(&run); run.chunk < end; run.chunk++) {

@@ -69,7 +69,8 @@ typedef struct fm_list {
 typedef struct fm_job {
   const fm_list *list;
   const fm_options *options;
-  bool streaming; /* store past the caches: the list is larger than they are */
+  const fm_scalars *scalars; /* of which a tensor may have its own; NULL: none has */
+  bool streaming;            /* store past the caches: the list is larger than they are */
 } fm_job;
 typedef void fm_kernel(const fm_job *job, int64_t chunk_begin, int64_t chunk_end);
 
@@ -130,7 +131,8 @@ void fm_pacgen(const fm_list *list, const fm_options *options, double *result, f
 /* The 2-norm of each row. */
 void fm_row_norms(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for);
 
-/* Returns what the update tallies. */
-fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for);
+/* Returns what the update tallies. `scalars`: where tensors have numbers of their own; NULL: nowhere. */
+fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+                     fm_parallel_for parallel_for);
 
 #endif

@@ -31,7 +31,8 @@ static void run_range(int64_t begin, int64_t end, void *context) {
   run->kernel(&run->job, begin, end);
 }
 
-static void run(fm_kernel *kernel, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
+static void run(fm_kernel *kernel, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+                fm_parallel_for parallel_for) {
   int64_t elements = 0, bytes = 0;
   for (int64_t r = 0; r < list->count; r++) {
     const fm_row *row = &list->rows[r];
@@ -39,7 +40,7 @@ static void run(fm_kernel *kernel, const fm_list *list, const fm_options *option
     bytes += row->numel * (row->wide ? 8 : (int64_t)fm_dtype_size(row->operand[FM_PARAM].dtype));
   }
   const int64_t chunks = list->first_chunk[list->count];
-  fm_run r = {{list, options, exceeds_cache(bytes)}, kernel};
+  fm_run r = {{list, options, scalars, exceeds_cache(bytes)}, kernel};
   if (elements <= FM_GRAIN * FM_CHUNK) { /* hundreds of biases are many chunks and little work: no thread is woken */
     run_range(0, chunks, &r);
   } else {
@@ -70,7 +71,7 @@ static fm_sum fold_row(const fm_list *list, int64_t r, int term) {
 }
 
 static fm_sum reduce(int term, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->reduce[term], list, options, parallel_for);
+  run(fm_active_kernels->reduce[term], list, options, NULL, parallel_for);
   return fold_partials(list->partials, list->first_chunk[list->count], term);
 }
 
@@ -100,7 +101,7 @@ void fm_dot(const fm_list *list, const fm_options *options, double *result, fm_p
   const int64_t chunks = list->first_chunk[list->count];
   const int count = fm_dot_sums(options->lists);
   assert(options->lists >= 2 && options->lists <= FM_DOT_LISTS);
-  run(fm_active_kernels->dot, list, options, parallel_for);
+  run(fm_active_kernels->dot, list, options, NULL, parallel_for);
   for (int plane = 0; plane < fm_dot_planes(options->lists); plane++) {
     const fm_sum sum = fold_partials(list->partials + plane * chunks, chunks, FM_TERM_DOT);
     const double four[FM_DOT_PLANE] = {sum.mid, sum.big, sum.small, sum.rest};
@@ -111,7 +112,7 @@ void fm_dot(const fm_list *list, const fm_options *options, double *result, fm_p
 }
 
 void fm_pacgen(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->reduce[FM_TERM_PACGEN], list, options, parallel_for);
+  run(fm_active_kernels->reduce[FM_TERM_PACGEN], list, options, NULL, parallel_for);
   for (int64_t r = 0; r < list->count; r++) {
     const fm_sum sum = fold_row(list, r, FM_TERM_PACGEN);
     result[2 * r] = fm_pacgen_of(sum);
@@ -120,7 +121,7 @@ void fm_pacgen(const fm_list *list, const fm_options *options, double *result, f
 }
 
 void fm_row_norms(const fm_list *list, const fm_options *options, double *result, fm_parallel_for parallel_for) {
-  run(fm_active_kernels->reduce[FM_TERM_SQUARE], list, options, parallel_for);
+  run(fm_active_kernels->reduce[FM_TERM_SQUARE], list, options, NULL, parallel_for);
   for (int64_t r = 0; r < list->count; r++) {
     result[r] = fm_sum_root(fold_row(list, r, FM_TERM_SQUARE));
   }
@@ -128,10 +129,11 @@ void fm_row_norms(const fm_list *list, const fm_options *options, double *result
 
 /* ---- updates ---- */
 
-fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, fm_parallel_for parallel_for) {
+fm_sum fm_run_update(fm_update update, const fm_list *list, const fm_options *options, const fm_scalars *scalars,
+                     fm_parallel_for parallel_for) {
   const int tally = fm_shape_of(update).tally;
   const fm_sum none = {0.0, 0.0, 0.0, 0.0};
   assert(update < FM_UPDATE_COUNT);
-  run(fm_active_kernels->update[update], list, options, parallel_for);
+  run(fm_active_kernels->update[update], list, options, scalars, parallel_for);
   return tally < 0 ? none : fold_partials(list->partials, list->first_chunk[list->count], tally);
 }

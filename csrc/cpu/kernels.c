@@ -347,6 +347,16 @@ FM_INLINE void fold_products(fm_products *products, int used, int lists, fm_sum 
   }
 }
 
+/* The options of one tensor: the call's, or `own` with numbers of its own. */
+FM_INLINE const fm_options *options_of(const fm_job *job, int64_t r, fm_options *own) {
+  if (job->scalars == NULL || !job->scalars->each) {
+    return job->options;
+  }
+  *own = *job->options;
+  fm_read_own_scalars(own, job->scalars, r);
+  return own;
+}
+
 /* What an update copies besides, to the backup or from it. */
 FM_INLINE const fm_view *copy_source(const fm_row *row, fm_shape shape) {
   return &row->operand[shape.copy == FM_COPY_TO_BACKUP ? FM_PARAM : FM_OLD];

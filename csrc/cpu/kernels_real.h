@@ -467,7 +467,8 @@ FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(f
 FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, int64_t end, fm_update update,
                                    int form) {
   const fm_row *row = &job->list->rows[r];
-  const fm_options *o = job->options;
+  fm_options own;
+  const fm_options *o = options_of(job, r, &own);
   const fm_shape shape = fm_shape_of_form(update, form);
   const bool moves = update != FM_ASCEND || FM_NAME(fm_ascend_moves)(o);
   const bool random = update == FM_ASCEND && o->random && fm_dtype_size(row->operand[FM_PARAM].dtype) == 2;

@@ -70,6 +70,7 @@ typedef struct fm_scalars {
   const double *corrections;  /* before and after */
   const double *coefficients; /* blend: three */
   const uint64_t *key;        /* seed, step; NULL to round to nearest */
+  bool each;                  /* `rho` has a number for each tensor, `lr` a rate and a weight decay for each */
 } fm_scalars;
 
 FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
@@ -87,6 +88,17 @@ FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
   o->random = s->key != NULL;
   o->seed = s->key ? s->key[0] : 0;
   o->step = s->key ? s->key[1] : 0;
+}
+
+/* The numbers of one tensor, where a call has some for each. */
+FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tensor) {
+  if (s->each && s->rho) {
+    o->rho = s->rho[tensor];
+  }
+  if (s->each && s->lr) {
+    o->lr = s->lr[2 * tensor];
+    o->weight_decay = s->lr[2 * tensor + 1];
+  }
 }
 
 /* What differs from tensor to tensor. */

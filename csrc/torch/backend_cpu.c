@@ -36,8 +36,11 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
                 const fm_scalars *scalars, double *result) {
   fm_options o = *options;
   fm_read_scalars(&o, scalars);
-  if (o.rho < 0.0) {
-    return fm_fail(args, "rho: %g given, but a radius must not be negative", o.rho);
+  for (int64_t r = 0; r < (scalars->each ? list->count : 1); r++) {
+    fm_read_own_scalars(&o, scalars, r);
+    if (o.rho < 0.0) {
+      return fm_fail(args, "rho: %g given, but a radius must not be negative", o.rho);
+    }
   }
   if (o.scale < 0.0 && o.sizing == FM_SIZE_CURVATURE) {
     return fm_fail(args, "scale: %g given, but it must not be negative where curvatures size the noise", o.scale);
@@ -52,7 +55,7 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
     case FM_OP_DOT: fm_dot(list, &o, result, torch_threads); break;
     case FM_OP_PACGEN: fm_pacgen(list, &o, result, torch_threads); break;
     case FM_OP_ROW_NORMS: fm_row_norms(list, &o, result, torch_threads); break;
-    case FM_OP_UPDATE: sum = fm_run_update(update, list, &o, torch_threads); break;
+    case FM_OP_UPDATE: sum = fm_run_update(update, list, &o, scalars, torch_threads); break;
   }
   if (op == FM_OP_UPDATE && result != NULL) {
     result[0] = sum.mid;

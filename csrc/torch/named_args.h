@@ -35,6 +35,14 @@ static bool take_scalar(fm_args *args, const char *name, const double **value) {
   return fm_take_scalars(args, find(args, name), 1, value);
 }
 
+/* One number for all tensors or, for each of them, `width` in a row: `each` says which. */
+static bool take_own_scalars(fm_args *args, const char *name, int64_t width, const fm_list *list, const double **value,
+                             bool *each) {
+  const int64_t own = width * list->count;
+  *each = own > 1 && get(args, name)->tensors[0].numel == own;
+  return fm_take_scalars(args, find(args, name), *each ? own : 1, value);
+}
+
 static bool take_exponent(fm_args *args, double *q) {
   *q = number(args, "q");
   return *q >= 1.0 || fm_fail(args, "q: %g given, but a norm needs 1 <= q <= infinity", *q);

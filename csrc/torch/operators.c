@@ -102,7 +102,7 @@ static bool take_ascent(fm_args *args, fm_options *o, fm_scalars *s, fm_list *li
   add_list(args, &lists, "grads", FM_GRAD, FM_READ);
   return take_exponent(args, &o->q) && take_not_negative(args, "eta", &o->eta) &&
          take_not_negative(args, "eps", &o->eps) && take_lists(args, &lists, "backup", list) &&
-         take_scalar(args, "rho", &s->rho) && fm_take_key(args, find(args, "key"), &s->key);
+         take_own_scalars(args, "rho", 1, list, &s->rho, &s->each) && fm_take_key(args, find(args, "key"), &s->key);
 }
 
 static bool op_sam_ascend_(fm_args *args, StableIValue *stack) {
@@ -255,7 +255,7 @@ static bool op_restore_sgd_(fm_args *args, StableIValue *stack) {
     add_list(args, &lists, "momentum_buffers", FM_BUFFER, FM_WRITE);
   }
   return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
-         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
+         take_own_scalars(args, "lr", 2, &list, &s.lr, &s.each) && run_step(args, FM_RESTORE_SGD, &list, &o, &s, stack);
 }
 
 /* The last count from which float64 goes on by 1. */
@@ -330,7 +330,7 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
   if (!take_averages_of_step(args, &lists, &o) || !take_stepped(args, &lists, &list) ||
-      !take_scalar(args, "lr", &s.lr) || !take_steps(args, steps, &o, &list) ||
+      !take_own_scalars(args, "lr", 2, &list, &s.lr, &s.each) || !take_steps(args, steps, &o, &list) ||
       !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
     return false;
   }
@@ -354,7 +354,8 @@ static bool op_restore_lion_(fm_args *args, StableIValue *stack) {
   add_list(args, &lists, "grads", FM_GRAD, FM_READ);
   add_list(args, &lists, "exp_avgs", FM_MEAN, FM_WRITE);
   return take_averages_of_step(args, &lists, &o) && take_stepped(args, &lists, &list) &&
-         take_scalar(args, "lr", &s.lr) && run_step(args, FM_RESTORE_LION, &list, &o, &s, stack);
+         take_own_scalars(args, "lr", 2, &list, &s.lr, &s.each) &&
+         run_step(args, FM_RESTORE_LION, &list, &o, &s, stack);
 }
 
 /* ---- linear combinations ---- */

@@ -70,7 +70,7 @@ static void run_range(int64_t begin, int64_t end, void *context) {
 
 void run_split(fm_kernel *kernel, const fm_list *list, const fm_options *options, bool streaming,
                fm_parallel_for parallel_for) {
-  split_run run = {{list, options, streaming}, kernel};
+  split_run run = {{list, options, NULL, streaming}, kernel};
   parallel_for(0, list->first_chunk[list->count], 1, run_range, &run);
 }
 

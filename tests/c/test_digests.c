@@ -13,7 +13,7 @@ static uint64_t hash_numbers(const double *numbers, size_t count, uint64_t hash)
 
 static uint64_t digest_update(const update_case *c, const fm_list *start) {
   fm_list list = copy_list(start);
-  const fm_sum sum = fm_run_update(c->update, &list, &c->options, splits[0]);
+  const fm_sum sum = fm_run_update(c->update, &list, &c->options, NULL, splits[0]);
   const uint64_t hash = hash_numbers((double[]){sum.mid, sum.big, sum.small, sum.rest}, 4, hash_list(&list));
   free_list(&list);
   return hash;

@@ -35,7 +35,7 @@ static void check_words(const fm_list *list, fm_options *o, int64_t row, int64_t
   const int64_t at = list->first_chunk[row] + chunk;
   for (int t = 0; t < table_count; t++) {
     for (o->law = FM_LAW_UNIFORM; o->law <= FM_LAW_RADEMACHER; o->law++) {
-      const fm_job job = {list, o, false};
+      const fm_job job = {list, o, NULL, false};
       tables[t]->update[FM_PROBE](&job, at, at + 1);
       bool same = true;
       for (int64_t i = 0; i < FM_CHUNK; i += 4) {

@@ -107,7 +107,7 @@ static void check_plain(const update_case *c, const fm_list *start, fm_dtype typ
       plain_element(&plain.rows[r], r, i, c, tally);
     }
   }
-  const fm_sum got = fm_run_update(c->update, &list, &c->options, splits[0]);
+  const fm_sum got = fm_run_update(c->update, &list, &c->options, NULL, splits[0]);
   CHECK(hash_list(&list) == hash_list(&plain), "%s type %d differs from the plain loop", c->name, (int)type);
   if (fm_shape_of(c->update).tally == FM_TERM_NOISE) {
     CHECK(fabsl(got.mid - tally[0]) <= 44 * 0x1p-53L * tally[3] && got.big == tally[1] && got.small == tally[2],
@@ -174,8 +174,8 @@ static void check_strided(const update_case *c, fm_dtype type, const fm_layout *
   const int64_t sizes[] = {3, 2100};
   fm_list dense = make_list_of(sizes, 2, type, c->operands, EXACT), strided = copy_list(&dense);
   stride_row(&strided.rows[1], layout, ~FM_BIT(FM_OLD));
-  const fm_sum want = fm_run_update(c->update, &dense, &c->options, splits[0]);
-  const fm_sum got = fm_run_update(c->update, &strided, &c->options, splits[1]);
+  const fm_sum want = fm_run_update(c->update, &dense, &c->options, NULL, splits[0]);
+  const fm_sum got = fm_run_update(c->update, &strided, &c->options, NULL, splits[1]);
   CHECK(same_sum(got, want), "%s type %d", c->name, (int)type);
   stride_row(&dense.rows[1], layout, ~FM_BIT(FM_OLD));
   CHECK(hash_list(&strided) == hash_list(&dense), "%s type %d", c->name, (int)type);
@@ -245,7 +245,7 @@ void test_noise(void) {
       continue;
     }
     fm_list before = make_list(FM_F64, cases[k].operands, ~0u), after = copy_list(&before);
-    const fm_sum got = fm_run_update(FM_SCALED_NOISE, &after, &cases[k].options, splits[0]);
+    const fm_sum got = fm_run_update(FM_SCALED_NOISE, &after, &cases[k].options, NULL, splits[0]);
     double tally[3] = {0.0}, elements = 0.0;
     for (int64_t r = 0; r < before.count; r++) {
       for (int64_t i = 0; i < before.rows[r].numel; i++) {
@@ -359,7 +359,7 @@ void test_averages(void) {
     if (cases[k].update != FM_AVERAGE) {
       cases[k].options.source_scale = 1.0; /* has no meaning there */
     }
-    const fm_sum got = fm_run_update(cases[k].update, &after, &cases[k].options, splits[0]);
+    const fm_sum got = fm_run_update(cases[k].update, &after, &cases[k].options, NULL, splits[0]);
     double largest = 0.0;
     for (int64_t r = 0; r < before.count; r++) {
       for (int64_t i = 0; i < before.rows[r].numel; i++) {
@@ -400,7 +400,7 @@ void test_combinations(void) {
       continue;
     }
     fm_list before = make_list(FM_F64, cases[k].operands, ~0u), after = copy_list(&before);
-    fm_run_update(cases[k].update, &after, &cases[k].options, splits[0]);
+    fm_run_update(cases[k].update, &after, &cases[k].options, NULL, splits[0]);
     for (int64_t r = 0; r < before.count; r++) {
       for (int64_t i = 0; i < before.rows[r].numel; i++) {
         check_combination(&cases[k], &before.rows[r], &after.rows[r], i);
@@ -422,7 +422,7 @@ void test_zero_coefficients(void) {
       for (int k = 0; k < 3; k++) {
         fm_list list = make_list_of(&size, 1, type, FM_BIT(FM_PARAM) | FM_BIT(FM_GRAD) | FM_BIT(FM_THIRD), ~0u);
         put(&list.rows[0].operand[operands[k]], 7, k == 1 ? INFINITY : NAN);
-        fm_run_update(FM_BLEND, &list, &o, splits[0]);
+        fm_run_update(FM_BLEND, &list, &o, NULL, splits[0]);
         const double got = get(&list.rows[0].operand[FM_PARAM], 7);
         CHECK(isfinite(got) == (k == zero % 3), "type %d: list %d, coefficient %d is 0: %g", (int)type, k, zero, got);
         free_list(&list);
@@ -432,7 +432,7 @@ void test_zero_coefficients(void) {
     fm_options o = some_options();
     o.scale = 0.0;
     put(&list.rows[0].operand[FM_GRAD], 7, NAN);
-    fm_run_update(FM_AXPY, &list, &o, splits[0]);
+    fm_run_update(FM_AXPY, &list, &o, NULL, splits[0]);
     for (int64_t i = 0; i < size; i++) {
       CHECK(get(&list.rows[0].operand[FM_PARAM], i) == get(&list.rows[0].operand[FM_OLD], i), "axpy by 0");
     }
@@ -454,7 +454,7 @@ void test_lion(void) {
   fm_list list = {&row, 1, first_chunk, NULL};
   fm_list_plan(&list);
   const fm_options o = {.lr = 0.125, .weight_decay = 0.5, .beta1 = 0.75, .beta2 = 0.5};
-  fm_run_update(FM_RESTORE_LION, &list, &o, splits[0]);
+  fm_run_update(FM_RESTORE_LION, &list, &o, NULL, splits[0]);
   const double want_w[] = {0.9375 - 0.125, -1.875 + 0.125, 3.75}, want_m[] = {0.75, -2.0, -0.75};
   for (int i = 0; i < 3; i++) {
     CHECK(w[i] == want_w[i] && m[i] == want_m[i], "element %d: w %g, m %g", i, w[i], m[i]);
@@ -479,8 +479,8 @@ void test_not_finite(void) {
         put(&list.rows[0].operand[FM_CURVATURE], at[k], wrong[k % 3]);
         put(&clean.rows[0].operand[FM_CURVATURE], at[k], 1.0);
       }
-      const fm_sum got = fm_run_update(FM_SCALED_NOISE, &list, &noise.options, splits[0]);
-      fm_run_update(FM_SCALED_NOISE, &clean, &noise.options, splits[0]);
+      const fm_sum got = fm_run_update(FM_SCALED_NOISE, &list, &noise.options, NULL, splits[0]);
+      fm_run_update(FM_SCALED_NOISE, &clean, &noise.options, NULL, splits[0]);
       for (int k = 0; k < 5; k++) {
         const double old = get(&list.rows[0].operand[FM_OLD], at[k]);
         CHECK(get(&list.rows[0].operand[FM_PARAM], at[k]) == old, "law %d: %g moved", noise.options.law, wrong[k % 3]);
@@ -498,7 +498,8 @@ void test_not_finite(void) {
       fm_list list = make_list_of(&size, 1, type, average.operands, EXACT);
       put(&list.rows[0].operand[FM_GRAD], at[k], NAN);
       put(&list.rows[0].operand[FM_PARAM], at[k], 5.0);
-      CHECK(isnan(fm_run_update(FM_AVERAGE, &list, &average.options, splits[0]).mid), "NaN at %lld", (long long)at[k]);
+      CHECK(isnan(fm_run_update(FM_AVERAGE, &list, &average.options, NULL, splits[0]).mid), "NaN at %lld",
+            (long long)at[k]);
       free_list(&list);
     }
   }

@@ -230,7 +230,8 @@ static const char *emulate(const update_case *c, const fm_list *list, double *re
   const bool draws = (fm_shape_of(c->update).reads & FM_BIT(FM_DRAW)) != 0;
   const fm_scalars scalars = {&o->norm,    &o->rho,        &o->lr,
                               &o->scale,   &o->lipschitz,  &o->curvature_scale,
-                              corrections, o->coefficient, draws || o->random ? key : NULL};
+                              corrections, o->coefficient, draws || o->random ? key : NULL,
+                              false};
   fm_options unread = *o;
   unread.norm = unread.rho = unread.lr = unread.scale = unread.lipschitz = unread.curvature_scale = NAN;
   unread.coefficient[0] = unread.coefficient[1] = unread.coefficient[2] = NAN;
@@ -246,7 +247,7 @@ static void check_update(const update_case *c, const fm_list *start, int type, c
   resize_partials(&got);
   resize_partials(&again);
   double result[4] = {-1.0, -1.0, -1.0, -1.0};
-  const fm_sum sum = fm_run_update(c->update, &want, &c->options, serial);
+  const fm_sum sum = fm_run_update(c->update, &want, &c->options, NULL, serial);
   const double expected[] = {sum.mid, sum.big, sum.small};
   fm_emu_set_order(order);
   int64_t before = fm_emu_launches();

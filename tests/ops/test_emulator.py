@@ -24,6 +24,7 @@ import test_ops_errors
 import test_ops_linear
 import test_ops_noise
 import test_ops_steps
+import test_own_numbers
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -140,7 +141,16 @@ LEFT_OUT = {
     "test_many_small_steps_arrive",
     "test_pacgen_loses_no_digit",  # 4 million elements; the C tests' long rows cover the folds
 }
-for _suite in (test_ops, test_ops_linear, test_ops_steps, test_ops_noise, test_ops_errors, test_bits, test_labels):
+for _suite in (
+    test_ops,
+    test_ops_linear,
+    test_ops_steps,
+    test_own_numbers,
+    test_ops_noise,
+    test_ops_errors,
+    test_bits,
+    test_labels,
+):
     for _name, _test in list(vars(_suite).items()):
         if _name.startswith("test_") and _name not in LEFT_OUT:
             assert _name not in globals(), f"two tests have the name {_name}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flatmin import GSAM, SAM, PerturbedOPT, ops
 from flatmin.ops import _library
+from flatmin.optim import Lion
 from flatmin.optim._buckets import PerturbedSet
 from flatmin.optim.perturbed_opt._noise_set import NoiseSet
 from models import same_bits
@@ -36,15 +37,16 @@ def train(opt: SAM, params: Sequence[nn.Parameter], change: Callable[[int], None
         change(step)
         opt.zero_grad()
         for run in range(2):
-            loss = sum(((p.float() - i) ** 2).sum() * 0.01 * (i + 1) for i, p in enumerate(params))
-            assert isinstance(loss, Tensor)
+            loss_of(params).backward()
             if run == 0:
-                loss.backward()
                 opt.ascend()
                 opt.zero_grad()
-            else:
-                loss.backward()
         opt.step()
+
+
+def loss_of(params: Sequence[nn.Parameter]) -> Tensor:
+    wide = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    return torch.stack([((p.to(wide) - i) ** 2).sum() * 0.01 * (i + 1) for i, p in enumerate(params)]).sum()
 
 
 @pytest.fixture
@@ -82,21 +84,81 @@ def test_groups_with_equal_options_have_the_bits_and_the_calls_of_one(
     assert set(counts[0].values()) == {STEPS}
 
 
-def test_two_weight_decays_are_two_steps_and_two_ascents_of_one_norm(calls: Counter[str]) -> None:
-    """Alternating, as weights and biases do."""
+OWN_RATES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, foreach=False),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=False),
+    "lion": lambda groups: Lion(groups, lr=0.1),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.1, foreach=False),
+}
+
+
+@pytest.mark.parametrize("base", OWN_RATES)
+def test_rates_and_radii_of_their_own_travel_in_one_list(base: str, calls: Counter[str]) -> None:
+    """159 groups of one tensor that differ in learning rate, weight decay and radius, against the textbook: the norm of
+    all gradients, each weight moved by its radius, and torch's own step from the old weights."""
+    results = []
+    for textbook in (False, True):
+        params = parameters((torch.float64,), count=159)
+        groups = [
+            {"params": [p], "lr": 0.001 * (1 + i), "weight_decay": 0.01 * (i % 3), "sam_rho": 0.001 * (1 + i % 5)}
+            for i, p in enumerate(params)
+        ]
+        if textbook:
+            bare = OWN_RATES[base]([{k: v for k, v in group.items() if k != "sam_rho"} for group in groups])
+            train_by_hand(bare, params, [float(group["sam_rho"]) for group in groups])
+        else:
+            calls.clear()
+            train(SAM(OWN_RATES[base](groups), rho=0.1), params)
+        results.append(params)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    step = {"rmsprop": "restore_", "adamw": "restore_adam_"}.get(base, f"restore_{base}_")
+    assert calls == dict.fromkeys(("sam_norm_ascend_", step), STEPS)
+
+
+def train_by_hand(bare: torch.optim.Optimizer, params: Sequence[nn.Parameter], radii: Sequence[float]) -> None:
+    for _ in range(STEPS):
+        old = [p.detach().clone() for p in params]
+        for second in (False, True):
+            bare.zero_grad()
+            loss_of(params).backward()
+            grads = [p.grad for p in params if p.grad is not None]
+            norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+            with torch.no_grad():
+                for p, g, w, rho in zip(params, grads, old, radii, strict=True):
+                    p.copy_(w if second else w + rho / norm * g)
+        bare.step()
+
+
+def test_weights_and_biases_are_one_list(calls: Counter[str]) -> None:
+    """Two groups that differ in weight decay: what fine-tuning recipes do."""
     params = parameters()
     groups = [{"params": [p], "weight_decay": 0.1 * (i % 2)} for i, p in enumerate(params)]
     opt = SAM(torch.optim.SGD(groups, lr=0.1), rho=0.1)
     train(opt, params)
-    assert calls == dict.fromkeys(("norm", "sam_ascend_", "restore_sgd_"), 2 * STEPS)
+    assert calls == dict.fromkeys(("sam_norm_ascend_", "restore_sgd_"), STEPS)
+    bare = parameters()
+    calls.clear()
+    steps_of_bare = SAM(torch.optim.SGD([{"params": [p], "lr": 0.1 + i} for i, p in enumerate(bare)]), rho=0.0)
+    train(steps_of_bare, bare)
+    assert calls == {"restore_sgd_": STEPS}
+
+
+def test_a_tensor_as_rate_keeps_its_group_apart(calls: Counter[str]) -> None:
+    """Only its device knows its value: torch's own step takes it."""
+    params = parameters()
+    groups = [{"params": [p], "lr": torch.tensor(0.1) if i == 3 else 0.1} for i, p in enumerate(params)]
+    train(SAM(torch.optim.SGD(groups, lr=0.1), rho=0.1), params)
+    assert calls["norm"] == calls["sam_ascend_"] == 2 * STEPS
     twins = parameters()
-    decayed = [{"params": twins[0::2], "weight_decay": 0.0}, {"params": twins[1::2], "weight_decay": 0.1}]
-    train(SAM(torch.optim.SGD(decayed, lr=0.1), rho=0.1), twins)
-    assert same_bits(params, twins)
+    train(SAM(torch.optim.SGD(twins, lr=0.1), rho=0.1), twins)
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("key", ["sam_rho", "sam_adaptive", "sam_eta"])
-def test_options_of_the_ascent_part_groups_too(key: str) -> None:
+def test_options_of_the_ascent_count_for_each_group(key: str) -> None:
     """One norm spans all of them, and each moves by its own options: the textbook in float64."""
     values: dict[str, tuple[Any, Any]] = {"sam_rho": (0.1, 0.3), "sam_adaptive": (False, True), "sam_eta": (0.1, 0.5)}
     params = parameters((torch.float64,))
@@ -117,13 +179,13 @@ def test_options_of_the_ascent_part_groups_too(key: str) -> None:
         torch.testing.assert_close(p.detach(), old + group["sam_rho"] * t * t * g / norm, rtol=1e-12, atol=1e-14)
     opt.restore()
     assert same_bits(params, before)
-    assert len(opt._set.buckets) == 2
+    assert len(opt._set.buckets) == (1 if key == "sam_rho" else 2)
 
 
 def test_one_tensor_as_radius_of_all_groups_keeps_them_together() -> None:
     rho = torch.tensor(0.1)
     opt = SAM(torch.optim.SGD([{"params": [p]} for p in parameters()], lr=0.1), rho=rho)
-    assert opt._set.partition(opt.param_groups, tuple(opt.defaults)) == [tuple(range(12))]
+    assert opt._set.partition(opt.param_groups, opt._keys(), opt._kinds()) == [tuple(range(12))]
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -255,7 +317,7 @@ def test_noise_does_not_depend_on_which_groups_share_a_list(
     assert counts[0]["scaled_noise_"] == counts[1]["scaled_noise_"] == 12 * (STEPS - (not options.get("sizing")))
     assert counts[0]["restore_"] < 0.5 * counts[1]["restore_"]
     if fused:
-        assert counts[0]["restore_sgd_"] == 2 * (STEPS - (not options.get("sizing")))
+        assert counts[0]["restore_sgd_"] == (STEPS - (not options.get("sizing")))
 
 
 def test_weights_come_back_when_a_draw_fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:

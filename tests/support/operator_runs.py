@@ -21,6 +21,7 @@ SGD_OPTIONS = st.fixed_dictionaries(
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "nesterov": st.booleans(),
         "maximize": st.booleans(),
+        "own_rates": st.booleans(),
         "first_step": st.booleans(),
     }
 )
@@ -33,6 +34,7 @@ ADAM_OPTIONS = st.fixed_dictionaries(
         "decoupled": st.booleans(),
         "amsgrad": st.booleans(),
         "maximize": st.booleans(),
+        "own_rates": st.booleans(),
     }
 )
 
@@ -42,6 +44,7 @@ LION_OPTIONS = st.fixed_dictionaries(
         "beta2": st.sampled_from([0.99, 0.5]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "maximize": st.booleans(),
+        "own_rates": st.booleans(),
     }
 )
 
@@ -97,11 +100,20 @@ def restore(problem: Problem) -> list[Tensor]:
     return [*problem.params, backup]
 
 
+def _rates(lr: float, problem: Problem, options: Options) -> Options:
+    """``lr`` and the other options; with ``own_rates`` each parameter has a rate and a weight decay of its own."""
+    rest = {name: value for name, value in options.items() if name != "own_rates"}
+    if not options.get("own_rates"):
+        return rest | {"lr": lr}
+    own = [(lr * (i + 1), 0.1 * (i % 3)) for i in range(len(problem.params))]
+    return rest | {"lr": torch.tensor(own, dtype=torch.float64).to(problem.params[0].device)}
+
+
 def sgd_step(problem: Problem, options: Options) -> list[Tensor]:
     """Parameters and momentum buffers after a restore fused with a step."""
     backup = _perturbed(problem)
     buffers = problem.state(1) if options["momentum"] else []
-    ops.restore_sgd_(problem.params, problem.grads, buffers, backup, 0.5, **options)
+    ops.restore_sgd_(problem.params, problem.grads, buffers, backup, **_rates(0.5, problem, options))
     return [*problem.params, *buffers, backup]
 
 
@@ -111,7 +123,9 @@ def adam_step(problem: Problem, options: Options) -> list[Tensor]:
     means, squares = problem.state(1), problem.state(2, positive=True)
     largest = problem.state(3, positive=True) if options["amsgrad"] else []
     steps = [torch.tensor(float(i)) for i in range(len(problem.params))]
-    ops.restore_adam_(problem.params, problem.grads, means, squares, largest, steps, backup, 0.01, **options)
+    ops.restore_adam_(
+        problem.params, problem.grads, means, squares, largest, steps, backup, **_rates(0.01, problem, options)
+    )
     return [*problem.params, *means, *squares, *largest, *steps, backup]
 
 
@@ -174,7 +188,7 @@ def lion_step(problem: Problem, options: Options) -> list[Tensor]:
     backup = problem.backup()
     ops.save_(problem.params, backup)
     means = problem.state(1)
-    ops.restore_lion_(problem.params, problem.grads, means, backup, 0.01, **options)
+    ops.restore_lion_(problem.params, problem.grads, means, backup, **_rates(0.01, problem, options))
     return [*problem.params, *means, backup]
 
 

@@ -117,6 +117,17 @@ def _wide_numbers(count: int) -> Callable[[_selftest.Case], Tensor]:
     return lambda case: _from_pool(case.rng, count, torch.float64)
 
 
+def _one_or_own(width: int) -> Callable[[_selftest.Case], Tensor]:
+    """One number for all tensors, or so many for each."""
+
+    def make(case: _selftest.Case) -> Tensor:
+        if case.rng.random() < 0.5:
+            return _scalar(case)
+        return _from_pool(case.rng, width * len(case.shapes), torch.float64)
+
+    return make
+
+
 def _steps(case: _selftest.Case) -> list[Tensor]:
     kind = case.rng.choice((torch.float32, torch.float64))
     return [torch.tensor(float(case.rng.choice((0, 1, 7, 10**6))), dtype=kind) for _ in case.shapes]
@@ -128,8 +139,8 @@ _MAKERS: dict[str, Callable[[Any], Tensor | list[Tensor]]] = _selftest.TENSORS |
     "coefficients": _wide_numbers(3),
     "corrections": _wide_numbers(2),
     "norm": _scalar,
-    "lr": _scalar,
-    "rho": _scalar,
+    "lr": _one_or_own(2),
+    "rho": _one_or_own(1),
     "scale": _scalar,
     "curvature_scale": _scalar,
     "lipschitz_constant": _scalar,

@@ -59,7 +59,8 @@ def _check_list(tensors: Sequence[Tensor]) -> None:
 
 
 def scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """A float64 0-dim tensor on ``device``: the kernels read it there, so a changed value never recompiles."""
+    """A number, or those of a tensor, as a float64 tensor on ``device``: the kernels read it there, so a changed value
+    never recompiles."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(value, Tensor):
         return on_device(value, device, dtype)

@@ -49,8 +49,9 @@ def sam_ascend_(
         grads: same shapes, same length.
         backup: from :func:`backup_like`.
         norm: float64 0-dim, from :func:`norm` over every tensor of the perturbed set.
-        rho: radius >= 0, float or 0-dim tensor. For ``q = inf`` give ``rho / ties(...)``. The value of a tensor on a
-            GPU is unknown to the host, so a negative one is not refused there.
+        rho: radius >= 0, float or 0-dim tensor; or float64[n], one for each parameter. For ``q = inf`` give
+            ``rho / ties(...)``. The value of a tensor on a GPU is unknown to the host, so a negative one is not refused
+            there.
         q: the dual exponent, as given to :func:`norm`.
         adaptive, eta: as given to :func:`norm`.
         eps: added to the norm.

@@ -111,6 +111,8 @@ def restore_sgd_(
 
     Args:
         backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
+        lr: a number for all parameters; or float64[n, 2], a rate and a weight decay for each, in place of
+            ``weight_decay``.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -164,6 +166,8 @@ def restore_adam_(
 
     Args:
         backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
+        lr: a number for all parameters; or float64[n, 2], a rate and a weight decay for each, in place of
+            ``weight_decay``.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:
@@ -213,6 +217,8 @@ def restore_lion_(
 
     Args:
         backup: what an ascent saved; an empty one (``backup[:0]``) steps from the weights as they are.
+        lr: a number for all parameters; or float64[n, 2], a rate and a weight decay for each, in place of
+            ``weight_decay``.
         averages: curvatures to average beside the step, see :class:`Averages`.
 
     Returns:

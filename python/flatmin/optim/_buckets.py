@@ -13,11 +13,13 @@ from torch.autograd.graph import increment_version
 
 from .. import ops, reference
 from .._distributed import is_dtensor, local_gradient, shard_groups
+from ..ops._dispatch import scalar
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "OWN_NUMBERS",
     "Bucket",
     "Mark",
     "PerturbedSet",
@@ -31,6 +33,9 @@ __all__ = [
 
 #: An operator that restores and takes a base's step in one pass.
 RestoreAndStep = Callable[..., Tensor]
+
+#: Options of a group of which the operators take one for each parameter.
+OWN_NUMBERS = ("lr", "weight_decay")
 
 # With map() these walk a list of tensors in C: 0.05 us each, a third of a comprehension that tests two of them.
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
@@ -74,14 +79,18 @@ def params_of(groups: Sequence[dict[str, Any]], indices: Sequence[int]) -> list[
 
 def alike(groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]) -> list[tuple[int, ...]]:
     """Indices of the groups, those together that differ in none of ``keys`` and of their own ``values``, nor in the
-    types and devices of their parameters. A tensor is alike to itself alone: only its device knows its value."""
+    types and devices of their parameters. Of :data:`OWN_NUMBERS` each may have its own. A tensor is alike to itself
+    alone: only its device knows its value."""
     if len(groups) == 1:
         return [(0,)]
+    numbers = [key for key in keys if key in OWN_NUMBERS]
+    keys = [key for key in keys if key not in OWN_NUMBERS]
     found: dict[Any, list[int]] = {}
     for index, (group, *own) in enumerate(zip(groups, *values, strict=True)):
         params = group["params"]
         kinds = [frozenset(map(kind, params)) for kind in (_dtype, _device, type)]
-        options = (*kinds, *own, *map(group.get, keys))
+        rates = [None if isinstance(rate, int | float) else rate for rate in map(group.get, numbers)]
+        options = (*kinds, *own, *rates, *map(group.get, keys))
         try:
             found.setdefault(options, []).append(index)
         except TypeError:  # a list among them
@@ -125,6 +134,7 @@ class Bucket:
         self.shards = shards
         self.device = params[0].device
         self._backup: Tensor | None = None
+        self._numbers: dict[int, tuple[list[float], Tensor]] = {}
         self.moved = False
         dtypes = set(map(_dtype, params))
         plain = set(map(type, params)) <= {nn.Parameter, Tensor}
@@ -156,6 +166,25 @@ class Bucket:
         first = self.params[0]
         return first.device == self.device and first.dtype == self._dtype
 
+    def each(self, groups: Sequence[dict[str, Any]], values: Sequence[Sequence[float]]) -> Tensor:
+        """What operators take where each parameter has numbers of its own: those of its group, float64 on the device.
+
+        Kept while they stay the same: a copy to a device costs more than to compare them, and is not for a CUDA graph.
+
+        Args:
+            groups: the base's.
+            values: for each of the bucket's groups as many numbers, 1 or more.
+        """
+        of = {id(p): value for g, value in zip(self.groups, values, strict=True) for p in groups[g]["params"]}
+        numbers = list(chain.from_iterable(map(of.__getitem__, map(id, self.params))))
+        width = len(values[0])
+        known, tensor = self._numbers.get(width, ([], None))
+        if tensor is None or known != numbers:
+            shape = (-1, width) if width > 1 else (-1,)
+            tensor = scalar(torch.tensor(numbers, dtype=torch.float64).view(shape), self.device)
+            self._numbers[width] = numbers, tensor
+        return tensor
+
     def bump_versions(self) -> None:
         """Autograd watches the DTensor, not the local tensor that the operators write to."""
         if self.shards is not None:
@@ -168,7 +197,9 @@ class Bucket:
         self.moved = False
         self.bump_versions()
 
-    def restore_and_step(self, operator: RestoreAndStep, *lists: list[Tensor], lr: float, **options: Any) -> None:
+    def restore_and_step(
+        self, operator: RestoreAndStep, *lists: list[Tensor], lr: float | Tensor, **options: Any
+    ) -> None:
         """Restore, if the weights are away, and step in one pass over memory.
 
         Args:
@@ -213,9 +244,11 @@ class PerturbedSet(Generic[B]):
                 bucket.restore()
         self.perturbed = False
 
-    def partition(self, groups: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[tuple[int, ...]]:
+    def partition(
+        self, groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]
+    ) -> list[tuple[int, ...]]:
         """Indices of the groups, those together that share buckets: here each has its own. ``keys``: of a group's
-        options."""
+        options; ``values``: of each group, beside its options."""
         return [(index,) for index in range(len(groups))]
 
     def buckets_of(self, indices: tuple[int, ...], params: list[Tensor]) -> list[B]:
@@ -234,10 +267,10 @@ class PerturbedSet(Generic[B]):
             self._known[indices] = list(params), buckets
         return buckets
 
-    def at_rest(self, groups: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[B]:
+    def at_rest(self, groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]) -> list[B]:
         """Buckets of every parameter that is trained and has a gradient, whether it ever moves or not."""
         found: list[B] = []
-        for indices in self.partition(groups, keys):
+        for indices in self.partition(groups, keys, *values):
             params, _ = trained(*with_gradient(params_of(groups, indices)))
             found += self.buckets_of(indices, params) if params else []
         return found

@@ -7,7 +7,7 @@ parameter that lost its gradient in the second pass, is left to ``restore_`` fol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_, is_not
@@ -23,7 +23,7 @@ from ._buckets import Bucket, alike, params_of, with_gradient
 from ._wrapper import has_step_hooks
 from .lion import Lion
 
-__all__ = ["has_bits_of_base", "might_fit", "restore_and_step"]
+__all__ = ["has_bits_of_base", "keys_of", "might_fit", "restore_and_step"]
 
 _Plan = Callable[[], None]
 _dtype, _grad, _is_cpu, _layout = map(attrgetter, ("dtype", "grad", "is_cpu", "layout"))
@@ -32,11 +32,13 @@ _dtype, _grad, _is_cpu, _layout = map(attrgetter, ("dtype", "grad", "is_cpu", "l
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
-    """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit."""
+def restore_and_step(base: Optimizer, buckets: Sequence[Bucket], ours: Container[str]) -> bool:
+    """Restore ``buckets`` and take one step of ``base`` from there. False, with nothing done, if it does not fit.
+    ``ours``: keys of the groups that are not the base's."""
     if not might_fit(base):
         return False
     plan_of, groups = _PLANS[type(base)], base.param_groups
+    keys = [key for key in base.defaults if key not in ours]
     of_groups: dict[tuple[int, ...], list[Bucket]] = {}
     for bucket in buckets:
         of_groups.setdefault(bucket.groups, []).append(bucket)
@@ -45,13 +47,14 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
         return False
     plans: list[tuple[Bucket, _Plan]] = []
     for indices, own in of_groups.items():
-        if len(indices) > 1 and len(alike([groups[index] for index in indices], tuple(base.defaults))) > 1:
+        if len(indices) > 1 and len(alike([groups[index] for index in indices], keys)) > 1:
             return False  # an option changed since the ascent
         pairs = _gradients(groups, indices, own)
         if pairs is None:
             return False
         for bucket, grads in pairs:
-            plan = plan_of(base, groups[indices[0]], bucket, grads)
+            rates = _rates(groups, bucket)
+            plan = None if rates is None else plan_of(base, groups[indices[0]], rates, bucket, grads)
             if plan is None:
                 return False
             plans.append((bucket, plan))
@@ -61,6 +64,11 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket]) -> bool:
     if "step" in base.__dict__:
         base._opt_called = True  # type: ignore[attr-defined]  # what the scheduler's wrapper of step does
     return True
+
+
+def keys_of(base: Optimizer, own: Sequence[str]) -> tuple[str, ...]:
+    """Options in which groups must agree to share buckets: ours, and those of the base if it has a pass."""
+    return tuple(base.defaults) if type(base) in _PLANS else tuple(own)
 
 
 def might_fit(base: Optimizer) -> bool:
@@ -101,6 +109,16 @@ def _gradients(
     return list(zip(buckets, parts, strict=True)) if complete else None
 
 
+def _rates(groups: Sequence[dict[str, Any]], bucket: Bucket) -> dict[str, Any] | None:
+    """``lr`` and ``weight_decay`` of a bucket as the operators take them; None if one is no number."""
+    pairs = [(groups[index]["lr"], groups[index]["weight_decay"]) for index in bucket.groups]
+    if not all(_are_numbers(*pair) for pair in pairs):
+        return None
+    if pairs.count(pairs[0]) == len(pairs):
+        return {"lr": pairs[0][0], "weight_decay": pairs[0][1]}
+    return {"lr": bucket.each(groups, pairs)}
+
+
 def _fits(bucket: Bucket) -> bool:
     return bucket.device.type in _library.DEVICES and bucket.dtype in (torch.float32, torch.float64)
 
@@ -122,39 +140,42 @@ def _states(base: Optimizer, params: list[Tensor]) -> list[dict[str, Any] | None
     return list(map(base.state.get, params))
 
 
-def _plan_sgd(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
-    lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
-    if not _are_numbers(lr, momentum, dampening, weight_decay):
+def _plan_sgd(
+    base: Optimizer, group: dict[str, Any], rates: dict[str, Any], bucket: Bucket, grads: list[Tensor]
+) -> _Plan | None:
+    momentum, dampening = group["momentum"], group["dampening"]
+    if not _are_numbers(momentum, dampening):
         return None
-    options = {
+    options = rates | {
         "momentum": momentum,
         "dampening": dampening,
-        "weight_decay": weight_decay,
         "nesterov": bool(group["nesterov"]),
         "maximize": bool(group["maximize"]),
     }
     if momentum == 0:
-        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, [], lr=lr, **options)
+        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, [], **options)
     old: list[Any] = [state.get("momentum_buffer") if state else None for state in _states(base, bucket.params)]
     if all(map(is_not, old, repeat(None))):
         if not _are_of_types(bucket, old):
             return None
-        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, old, lr=lr, **options)
+        return partial(bucket.restore_and_step, ops.restore_sgd_, grads, old, **options)
     if all(map(is_, old, repeat(None))):
-        return partial(_first_sgd_step, base, bucket, grads, lr, options)
+        return partial(_first_sgd_step, base, bucket, grads, options)
     return None
 
 
-def _first_sgd_step(base: Optimizer, bucket: Bucket, grads: list[Tensor], lr: float, options: dict[str, Any]) -> None:
+def _first_sgd_step(base: Optimizer, bucket: Bucket, grads: list[Tensor], options: dict[str, Any]) -> None:
     buffers = [torch.empty_like(g, memory_format=torch.preserve_format) for g in grads]
-    bucket.restore_and_step(ops.restore_sgd_, grads, buffers, lr=lr, first_step=True, **options)
+    bucket.restore_and_step(ops.restore_sgd_, grads, buffers, first_step=True, **options)
     for p, buffer in zip(bucket.params, buffers, strict=True):
         base.state[p]["momentum_buffer"] = buffer
 
 
-def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
-    lr, weight_decay, eps, betas = (group[k] for k in ("lr", "weight_decay", "eps", "betas"))
-    if not _are_numbers(lr, weight_decay, eps, *betas):
+def _plan_adam(
+    base: Optimizer, group: dict[str, Any], rates: dict[str, Any], bucket: Bucket, grads: list[Tensor]
+) -> _Plan | None:
+    eps, betas = group["eps"], group["betas"]
+    if not _are_numbers(eps, *betas):
         return None
     amsgrad = bool(group["amsgrad"])
     known = _states(base, bucket.params)
@@ -166,16 +187,15 @@ def _plan_adam(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: li
     steps = [state["step"] for state in states]
     if set(map(_dtype, steps)) != {torch.float32} or not all(map(_is_cpu, steps)):
         return None  # float64 under set_default_dtype(float64)
-    options = {
+    options = rates | {
         "beta1": betas[0],
         "beta2": betas[1],
         "eps": eps,
-        "weight_decay": weight_decay,
         "decoupled": bool(group["decoupled_weight_decay"]),
         "amsgrad": amsgrad,
         "maximize": bool(group["maximize"]),
     }
-    return partial(_adam_step, base, bucket, grads, states, steps, lr, options)
+    return partial(_adam_step, base, bucket, grads, states, steps, options)
 
 
 def _new_adam_state(p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
@@ -192,7 +212,6 @@ def _adam_step(
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
     steps: list[Tensor],
-    lr: float,
     options: dict[str, Any],
 ) -> None:
     bucket.restore_and_step(
@@ -202,28 +221,28 @@ def _adam_step(
         [state["exp_avg_sq"] for state in states],
         [state["max_exp_avg_sq"] for state in states] if options["amsgrad"] else [],
         steps,
-        lr=lr,
         **options,
     )
     for p, state in zip(bucket.params, states, strict=True):
         base.state[p] = state
 
 
-def _plan_lion(base: Optimizer, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> _Plan | None:
-    lr, weight_decay, betas = (group[k] for k in ("lr", "weight_decay", "betas"))
-    if not _are_numbers(lr, weight_decay, *betas):
+def _plan_lion(
+    base: Optimizer, group: dict[str, Any], rates: dict[str, Any], bucket: Bucket, grads: list[Tensor]
+) -> _Plan | None:
+    betas = group["betas"]
+    if not _are_numbers(*betas):
         return None
     known = _states(base, bucket.params)
     states = [state or {"exp_avg": torch.zeros_like(p)} for p, state in zip(bucket.params, known, strict=True)]
     if not _are_of_types(bucket, [state["exp_avg"] for state in states]):
         return None
-    options = {
+    options = rates | {
         "beta1": betas[0],
         "beta2": betas[1],
-        "weight_decay": weight_decay,
         "maximize": bool(group["maximize"]),
     }
-    return partial(_lion_step, base, bucket, grads, states, lr, options)
+    return partial(_lion_step, base, bucket, grads, states, options)
 
 
 def _lion_step(
@@ -231,15 +250,14 @@ def _lion_step(
     bucket: Bucket,
     grads: list[Tensor],
     states: list[dict[str, Tensor]],
-    lr: float,
     options: dict[str, Any],
 ) -> None:
-    bucket.restore_and_step(ops.restore_lion_, grads, [state["exp_avg"] for state in states], lr=lr, **options)
+    bucket.restore_and_step(ops.restore_lion_, grads, [state["exp_avg"] for state in states], **options)
     for p, state in zip(bucket.params, states, strict=True):
         base.state[p] = state
 
 
-_PLANS: dict[type, Callable[[Any, dict[str, Any], Bucket, list[Tensor]], _Plan | None]] = {
+_PLANS: dict[type, Callable[[Any, dict[str, Any], dict[str, Any], Bucket, list[Tensor]], _Plan | None]] = {
     SGD: _plan_sgd,
     Adam: _plan_adam,
     AdamW: _plan_adam,

@@ -140,7 +140,7 @@ class Perturbing(Wrapper):
     def _fused_step(self, buckets: Sequence[Bucket]) -> bool:
         """Restore, if the weights are away, and step in one pass, if that fits. ``buckets`` are those that the base
         will step."""
-        done = _fused.restore_and_step(self.base, buckets)
+        done = _fused.restore_and_step(self.base, buckets, self._group_defaults)
         if done:
             self.restore()
         return done

@@ -320,8 +320,16 @@ class TwoPass(Perturbing):
         if self._set.perturbed:
             return self._set.buckets
         if _fused.might_fit(self.base) and (self._watch.moved or _fused.has_bits_of_base(self.base)):
-            return self._set.at_rest(self._groups(), tuple(self.base.defaults))
+            return self._set.at_rest(self._groups(), self._keys(), self._kinds())
         return []
+
+    def _keys(self) -> tuple[str, ...]:
+        """Options in which groups must agree to be one list to the operators."""
+        return _fused.keys_of(self.base, tuple(self._group_defaults))
+
+    def _kinds(self) -> list[Any]:
+        """Of each group, what else they must agree in."""
+        return list(map(self._can_move, self._groups()))
 
     def _count_step(self) -> None:
         step = self._groups()[0]["sam_step"] + 1

@@ -30,8 +30,10 @@ def sam_ascend_(
 
     ``key`` (uint64[2]; empty for rounding to nearest) asks for stochastic rounding of 16-bit parameters. This
     reference rounds to nearest: the random choice belongs to the kernels and is tested by its distribution.
+    ``rho`` may have a radius for each parameter.
     """
-    for p, g, old in zip(params, grads, backup_views(params, backup), strict=True):
+    radii = rho.reshape(-1).expand(len(params)).unbind()
+    for p, g, old, rho in zip(params, grads, backup_views(params, backup), radii, strict=True):
         old.copy_(memory_order(p))
         w = p.to(torch.promote_types(arithmetic_type(p), p.dtype))
         d = g.to(w.dtype)

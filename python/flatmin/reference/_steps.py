@@ -48,6 +48,13 @@ def _start(params: Sequence[Tensor], backup: Tensor, keep: bool) -> Tensor:
     return backup
 
 
+def _rates(lr: Tensor, weight_decay: float, count: int) -> list[tuple[Tensor, float | Tensor]]:
+    """Rate and weight decay of each parameter: ``lr`` has one for all, or both for each."""
+    if lr.numel() == 2 * count > 1:
+        return [(own[0], own[1]) for own in lr.reshape(count, 2)]
+    return [(lr.reshape(()), weight_decay)] * count
+
+
 def restore_sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -71,17 +78,17 @@ def restore_sgd_(
 
     Then :func:`curvature_` of the squared gradients, if there are ``curvatures``; returns the largest quotient."""
     backup = _start(params, backup, bool(curvatures))
-    for i, p in enumerate(params):
+    for i, (p, (rate, decay_of_w)) in enumerate(zip(params, _rates(lr, weight_decay, len(params)), strict=True)):
         w = p.to(torch.promote_types(arithmetic_type(p), p.dtype))
         g = grads[i].to(w.dtype)
         g = -g if maximize else g
-        g = g + weight_decay * w if weight_decay else g
+        g = g + decay_of_w * w if decay_of_w else g
         if momentum:
             old = momentum_buffers[i].to(w.dtype)
             buf = g if first_step else momentum * old + (1.0 - dampening) * g
             momentum_buffers[i].copy_(buf)
             g = g + momentum * buf if nesterov else buf
-        p.copy_(w - lr.to(arithmetic_type(p)) * g)
+        p.copy_(w - rate.to(arithmetic_type(p)) * g)
     return _averages(params, grads, backup, curvatures, lipschitz, corrections, decay, lipschitz_decay, min_step)
 
 
@@ -112,18 +119,18 @@ def restore_adam_(
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
     backup = _start(params, backup, bool(curvatures))
-    for i, p in enumerate(params):
+    for i, (p, (rate, decay_of_w)) in enumerate(zip(params, _rates(lr, weight_decay, len(params)), strict=True)):
         steps[i].add_(1)
         step = steps[i].to(device=p.device, dtype=wide_type(p))
         real = arithmetic_type(p)
         w = as_real(p).to(real)
         g = as_real(grads[i]).to(real)
-        rate = lr.to(device=p.device, dtype=wide_type(p))
+        rate = rate.to(device=p.device, dtype=wide_type(p))
         g = -g if maximize else g
         if decoupled:
-            w = w * (1.0 - rate * weight_decay).to(real)
-        elif weight_decay:
-            g = g + weight_decay * w
+            w = w * (1.0 - rate * decay_of_w).to(real)
+        elif decay_of_w:
+            g = g + decay_of_w * w
         m, v = as_real(exp_avgs[i]), as_real(exp_avg_sqs[i])
         new_m = m.to(real) + (1.0 - beta1) * (g - m.to(real))
         new_v = beta2 * v.to(real) + (1.0 - beta2) * g * g
@@ -159,16 +166,16 @@ def restore_lion_(
 
     Then :func:`curvature_` as in :func:`restore_sgd_`."""
     backup = _start(params, backup, bool(curvatures))
-    for i, p in enumerate(params):
+    for i, (p, (rate, decay_of_w)) in enumerate(zip(params, _rates(lr, weight_decay, len(params)), strict=True)):
         real = arithmetic_type(p)
         w, g, m = as_real(p).to(real), as_real(grads[i]).to(real), as_real(exp_avgs[i])
         g = -g if maximize else g
-        rate = lr.to(device=p.device, dtype=wide_type(p))
+        rate = rate.to(device=p.device, dtype=wide_type(p))
         old = m.to(real)
         mixed = beta1 * old + (1.0 - beta1) * g
         update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
         m.copy_(beta2 * old + (1.0 - beta2) * g)
-        as_real(p).copy_(w * (1.0 - rate * weight_decay).to(real) - rate.to(real) * update)
+        as_real(p).copy_(w * (1.0 - rate * decay_of_w).to(real) - rate.to(real) * update)
     return _averages(params, grads, backup, curvatures, lipschitz, corrections, decay, lipschitz_decay, min_step)
 
 

@@ -194,7 +194,9 @@ class NoiseBucket(Bucket):
         s = self.settings
         return {"decay": s.beta1, "lipschitz_decay": s.beta2, "min_step": s.min_step}
 
-    def restore_and_step(self, operator: RestoreAndStep, *lists: list[Tensor], lr: float, **options: Any) -> None:
+    def restore_and_step(
+        self, operator: RestoreAndStep, *lists: list[Tensor], lr: float | Tensor, **options: Any
+    ) -> None:
         """Whatever the base is: where the steps feed the curvature, it is averaged in the same pass."""
         if not self.settings.fed_by_steps:
             super().restore_and_step(operator, *lists, lr=lr, **options)

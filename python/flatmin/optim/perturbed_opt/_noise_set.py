@@ -127,11 +127,13 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         state = self.states.get(p)
         return 0 if state is None else state.correction.updates
 
-    def partition(self, groups: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[tuple[int, ...]]:
+    def partition(
+        self, groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]
+    ) -> list[tuple[int, ...]]:
         """Groups with equal options share buckets, but for estimators: their probes are numbered by the bucket, and
         a function of the user's gets the parameters in order."""
         merges = self.settings.fed_by_steps or not self.settings.curved
-        return alike(groups, keys) if merges else super().partition(groups, keys)
+        return alike(groups, keys, list(map(can_move, groups)), *values) if merges else super().partition(groups, keys)
 
     def gather(self, groups: Sequence[dict[str, Any]]) -> list[NoiseBucket]:
         """The buckets of every parameter that is trained under noise, with or without a gradient."""
@@ -160,7 +162,7 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 parts = bucket.parts(groups)
                 streams = tuple(self._stream(bucket, numbers[part], len(order)) for part in parts)
                 keys = bucket.keys(self.seed, draw, streams)
-                options = self._options_of(bucket, groups[bucket.groups[0]], factor)
+                options = [self._options_of(groups[part.group], factor) for part in parts]
                 self._move(bucket, parts, keys, options, moved)
             for bucket in self.buckets:
                 bucket.moved = bucket.saved = True
@@ -190,18 +192,18 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         bucket: NoiseBucket,
         parts: Sequence[Part],
         keys: Tensor,
-        options: dict[str, Any],
+        options: Sequence[dict[str, Any]],
         moved: list[Moved],
     ) -> None:
         """Move one part after the other, and note in ``moved`` what the operator says of each."""
-        params = bucket.local()
-        lists = {name: value for name, value in options.items() if isinstance(value, list)}
-        for part, backup, key in zip(parts, bucket.backups(), keys.unbind(), strict=True):
+        params, common = bucket.local(), self._sizes_of(bucket)
+        lists = {name: value for name, value in common.items() if isinstance(value, list)}
+        for part, backup, key, of_group in zip(parts, bucket.backups(), keys.unbind(), options, strict=True):
             own = {name: value[part.start : part.stop] for name, value in lists.items()}
             its = params[part.start : part.stop]
             mark, before = Mark(backup, its), len(moved)
             try:
-                tally = ops.scaled_noise_(its, backup, key, **(options | own))
+                tally = ops.scaled_noise_(its, backup, key, **(common | of_group | own))
                 moved.append(Moved(bucket, part, tally))
             except BaseException:
                 if mark.overwritten() and len(moved) == before:
@@ -209,18 +211,21 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
                 raise
             self.nonfinite.record(tally[2])
 
-    def _options_of(self, bucket: NoiseBucket, group: dict[str, Any], factor: float) -> dict[str, Any]:
+    def _options_of(self, group: dict[str, Any], factor: float) -> dict[str, Any]:
+        if self.settings.curved:
+            neighbourhood = {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
+            return neighbourhood | {"scale": group["popt_scale"]}
+        return {"scale": group["popt_scale"] * factor}
+
+    def _sizes_of(self, bucket: NoiseBucket) -> dict[str, Any]:
         options: dict[str, Any] = {"distribution": self.settings.distribution}
         if self.settings.curved:
-            options |= {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
-            options |= {"scale": group["popt_scale"], "lipschitz": self._lipschitz_of(bucket)}
             options |= {"curvatures": bucket.curvatures, "curvature_scale": bucket.correction.scale}
+            options["lipschitz"] = self._lipschitz_of(bucket)
+        elif self.settings.sizing in _NEIGHBOURHOODS:
+            options["gamma"], options["eps"] = _NEIGHBOURHOODS[self.settings.sizing]
         else:
-            options["scale"] = group["popt_scale"] * factor
-            if self.settings.sizing in _NEIGHBOURHOODS:
-                options["gamma"], options["eps"] = _NEIGHBOURHOODS[self.settings.sizing]
-            else:
-                options["sizes"] = bucket.sizes()
+            options["sizes"] = bucket.sizes()
         return options
 
     def _lipschitz_of(self, bucket: NoiseBucket) -> float | Tensor | list[Tensor]:

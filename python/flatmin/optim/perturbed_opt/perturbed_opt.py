@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..._checks import check_size, plain
 from ..._deprecated import renamed_arguments, renamed_value
+from .. import _fused
 from .._arguments import build_base, share_arguments
 from .._model_buffers import CleanBuffers, ModelBuffers
 from .._perturbing import accumulate, makes_the_state
@@ -195,7 +196,7 @@ class PerturbedOPT(ReadableNoise):
             seed = int(torch.randint(2**63 - 1, (), generator=own["generator"]))
         buffers = CleanBuffers(own["model"], own["exempt_buffers"]) if own["model"] is not None else None
         super().__init__(optimizer, group_defaults, NoiseSet(settings, seed), buffers)
-        self._set.keys = tuple(self.base.defaults)
+        self._set.keys = tuple(key for key in _fused.keys_of(self.base, ()) if key not in self._group_defaults)
         self._samples, self._start = own["samples"], own["start"]
         self._interval = own["curvature_interval"]
         self._warned = False

@@ -18,11 +18,16 @@ from .._buckets import Bucket, Mark, PerturbedSet, alike, name_of, params_of, tr
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["AscentSet"]
+__all__ = ["AscentSet", "kinds_of"]
 
 
 #: ``direction(params, grads)`` of the parameters of one group on one device (or of several, where it is SAM's own).
 Direction = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+
+
+def kinds_of(radii: Sequence[float | Tensor]) -> list[Tensor | bool]:
+    """What keeps groups apart: whether they move or, where only a device knows, the radius."""
+    return [rho if isinstance(rho, Tensor) else rho != 0.0 for rho in radii]
 
 
 class Moving(NamedTuple):
@@ -92,7 +97,7 @@ class AscentSet(PerturbedSet[Bucket]):
                 self.norm = self._norm(moving, groups)
             share = self._share(moving) if self.q == math.inf else None
             for position, m in enumerate(moving):
-                self._move(m, radii[m.bucket.groups[0]], share, key, position, in_one_call)
+                self._move(m, _radius_of(m.bucket, groups, radii), share, key, position, in_one_call)
         except BaseException as error:
             self.restore()
             if isinstance(error, RuntimeError):
@@ -113,9 +118,10 @@ class AscentSet(PerturbedSet[Bucket]):
     ) -> Iterator[Moving]:
         for index, rho in enumerate(radii):
             check_radius(f"param_groups[{index}]['sam_rho']", rho)
-        for indices in self.partition(groups, keys, radii):
-            group, rho = groups[indices[0]], radii[indices[0]]
-            if not isinstance(rho, Tensor) and rho == 0.0:
+        kinds = kinds_of(radii)
+        for indices in self.partition(groups, keys, kinds):
+            group = groups[indices[0]]
+            if kinds[indices[0]] is False:
                 continue
             options = {"adaptive": group["sam_adaptive"], "eta": group["sam_eta"]}
             ops.scaling_code(options["adaptive"])
@@ -172,6 +178,14 @@ class AscentSet(PerturbedSet[Bucket]):
             bucket.moved = mark.overwritten()
             raise
         bucket.bump_versions()
+
+
+def _radius_of(bucket: Bucket, groups: Sequence[dict[str, Any]], radii: Sequence[float | Tensor]) -> float | Tensor:
+    """As the operators take it: one of all, or one of each parameter. Tensors are of one group, or the same."""
+    own: list[Any] = [radii[index] for index in bucket.groups]
+    if isinstance(own[0], Tensor) or own.count(own[0]) == len(own):
+        return own[0]  # type: ignore[no-any-return]
+    return bucket.each(groups, [(rho,) for rho in own])
 
 
 def _refuse_sparse(moving: Sequence[Moving], groups: Sequence[dict[str, Any]]) -> None:

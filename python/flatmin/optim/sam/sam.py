@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._checks import check_radius, check_size, plain
 from .._arguments import build_base, share_arguments
 from .._two_pass import TwoPass
-from ._ascent import AscentSet
+from ._ascent import AscentSet, kinds_of
 from ._options import check_options, check_scaling, refuse_plain_rho
 
 if TYPE_CHECKING:
@@ -172,8 +172,14 @@ class SAM(TwoPass):
     def _move(self) -> bool:
         refuse_plain_rho(self.base)
         groups = self._groups()
-        keys, radii = tuple(self.base.defaults), list(map(self.radius, groups))
-        return self._set.ascend(groups, keys, radii, self.direction, self._next_key())
+        radii = list(map(self.radius, groups))
+        return self._set.ascend(groups, self._keys(), radii, self.direction, self._next_key())
+
+    def _keys(self) -> tuple[str, ...]:
+        return tuple(key for key in super()._keys() if key != "sam_rho")
+
+    def _kinds(self) -> list[Any]:
+        return kinds_of(list(map(self.radius, self._groups())))
 
     def _next_key(self) -> tuple[int, int] | None:
         """Seed and number of the ascent, for stochastic rounding."""
