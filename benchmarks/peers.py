@@ -80,8 +80,9 @@ def flatmin_context(params: list[Tensor]) -> Step:
 
 
 def flatmin_groups(params: list[Tensor]) -> Step:
-    """As layer-wise options make them; here they are equal, so that each pass is one call."""
-    optimizer = flatmin.SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=LR, momentum=MOMENTUM), rho=RHO)
+    """As layer-wise rates make them: no two are equal, and the weights agree with those of the other rows."""
+    groups = [{"params": [p], "lr": LR * (1 + 1e-9 * i)} for i, p in enumerate(params)]
+    optimizer = flatmin.SAM(torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM), rho=RHO)
 
     def step() -> None:
         optimizer.ascend()

@@ -229,7 +229,7 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
   }
   fm_draws drawn = {{0.0F, 0.0F, 0.0F, 0.0F}};
   if (shape.reads & FM_BIT(FM_DRAW)) {
-    drawn = fm_draw_quad(fm_random_quad(o->seed, o->step, row->index, (uint64_t)i / 4), fm_law_of(UPDATE, o));
+    drawn = fm_draw_quad(fm_random_quad(o->seed, o->step, o->tensor, (uint64_t)i / 4), fm_law_of(UPDATE, o));
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {

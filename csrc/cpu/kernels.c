@@ -349,7 +349,7 @@ FM_INLINE void fold_products(fm_products *products, int used, int lists, fm_sum 
 
 /* The options of one tensor: the call's, or `own` with numbers of its own. */
 FM_INLINE const fm_options *options_of(const fm_job *job, int64_t r, fm_options *own) {
-  if (job->scalars == NULL || !job->scalars->each) {
+  if (job->scalars == NULL || !(job->scalars->each || job->scalars->each_key)) {
     return job->options;
   }
   *own = *job->options;

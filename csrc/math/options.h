@@ -52,6 +52,7 @@ typedef struct fm_options {
   double rho, eps; /* ascend; eps is the neighbourhood's too */
   bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
   uint64_t seed, step;
+  uint32_t tensor;                              /* its number in that stream */
   double lr, momentum, dampening, weight_decay; /* the base steps */
   double beta1, beta2, adam_eps;
   bool nesterov, maximize, first_step, decoupled, amsgrad;
@@ -70,7 +71,8 @@ typedef struct fm_scalars {
   const double *corrections;  /* before and after */
   const double *coefficients; /* blend: three */
   const uint64_t *key;        /* seed, step; NULL to round to nearest */
-  bool each;                  /* `rho` has a number for each tensor, `lr` a rate and a weight decay for each */
+  bool each;     /* tensors have numbers of their own: a rho; a rate and a weight decay; a scale, gamma and eps */
+  bool each_key; /* seed, step and tensor of each */
 } fm_scalars;
 
 FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
@@ -92,12 +94,23 @@ FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
 
 /* The numbers of one tensor, where a call has some for each. */
 FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tensor) {
+  o->tensor = (uint32_t)tensor;
+  if (s->each_key) {
+    o->seed = s->key[3 * tensor];
+    o->step = s->key[3 * tensor + 1];
+    o->tensor = (uint32_t)s->key[3 * tensor + 2];
+  }
   if (s->each && s->rho) {
     o->rho = s->rho[tensor];
   }
   if (s->each && s->lr) {
     o->lr = s->lr[2 * tensor];
     o->weight_decay = s->lr[2 * tensor + 1];
+  }
+  if (s->each && s->scale) {
+    o->scale = s->scale[3 * tensor];
+    o->gamma = s->scale[3 * tensor + 1];
+    o->eps = s->scale[3 * tensor + 2];
   }
 }
 

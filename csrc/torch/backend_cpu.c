@@ -41,9 +41,12 @@ static bool run(fm_args *args, fm_operator op, fm_update update, const fm_list *
     if (o.rho < 0.0) {
       return fm_fail(args, "rho: %g given, but a radius must not be negative", o.rho);
     }
-  }
-  if (o.scale < 0.0 && o.sizing == FM_SIZE_CURVATURE) {
-    return fm_fail(args, "scale: %g given, but it must not be negative where curvatures size the noise", o.scale);
+    if (o.scale < 0.0 && o.sizing == FM_SIZE_CURVATURE) {
+      return fm_fail(args, "scale: %g given, but it must not be negative where curvatures size the noise", o.scale);
+    }
+    if (scalars->each && scalars->scale != NULL && !(o.gamma >= 0.0 && o.eps >= 0.0)) {
+      return fm_fail(args, "scale: (gamma, eps) = (%g, %g) given, but they must not be negative", o.gamma, o.eps);
+    }
   }
   if (o.lipschitz < 0.0) {
     return fm_fail(args, "lipschitz_constant: %g given, but it must not be negative", o.lipschitz);

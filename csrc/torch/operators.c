@@ -410,10 +410,10 @@ static bool op_scaled_noise_(fm_args *args, StableIValue *stack) {
   }
   add_if_any(args, &lists, "lipschitz", FM_LIPSCHITZ, FM_READ);
   return take_not_negative(args, "gamma", &o.gamma) && take_not_negative(args, "eps", &o.eps) &&
-         take_lists(args, &lists, "backup", &list) && take_scalar(args, "scale", &s.scale) &&
+         take_lists(args, &lists, "backup", &list) && take_own_scalars(args, "scale", 3, &list, &s.scale, &s.each) &&
          take_scalar(args, "lipschitz_constant", &s.lipschitz) &&
          take_scalar(args, "curvature_scale", &s.curvature_scale) &&
-         fm_take_full_key(args, find(args, "key"), &s.key) &&
+         fm_take_keys(args, find(args, "key"), list.count, &s.key, &s.each_key) &&
          run_to_result(args, FM_OP_UPDATE, FM_SCALED_NOISE, &list, &o, &s, 1, &three, stack);
 }
 

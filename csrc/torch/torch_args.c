@@ -543,3 +543,23 @@ bool fm_take_full_key(fm_args *args, int a, const uint64_t **key) {
          (*key != NULL ||
           fm_fail(args, "%s is empty; give (seed, step), from flatmin.ops.random_key", args->arg[a].name));
 }
+
+bool fm_take_keys(fm_args *args, int a, int64_t count, const uint64_t **key, bool *each) {
+  const fm_arg *arg = &args->arg[a];
+  const fm_tensor *t = &arg->tensors[0];
+  *each = t->dims == 2;
+  if (!*each) {
+    return fm_take_full_key(args, a, key);
+  }
+  if (!fm_check_place(args, arg, 0)) {
+    return false;
+  }
+  if (t->dtype != aoti_torch_dtype_uint64() || t->size[0] != count || t->size[1] != 3 || !fm_is_contiguous(t)) {
+    return fm_fail(args,
+                   "%s must be a contiguous uint64 tensor (seed, step), or [%" PRId64
+                   ", 3] with seed, step and the number of the tensor for each",
+                   arg->name, count);
+  }
+  *key = (const uint64_t *)(const void *)t->data;
+  return fm_check_aligned(args, arg, 0, sizeof **key);
+}

@@ -104,4 +104,7 @@ bool fm_take_scalars(fm_args *args, int arg, int64_t count, const double **value
 bool fm_take_key(fm_args *args, int arg, const uint64_t **key);
 bool fm_take_full_key(fm_args *args, int arg, const uint64_t **key);
 
+/* A key for all tensors or, for each of `count`, its key and the number of the tensor in it. */
+bool fm_take_keys(fm_args *args, int arg, int64_t count, const uint64_t **key, bool *each);
+
 #endif

@@ -228,10 +228,15 @@ static const char *emulate(const update_case *c, const fm_list *list, double *re
   const uint64_t key[] = {o->seed, o->step};
   const double corrections[] = {o->correction_before, o->correction_after};
   const bool draws = (fm_shape_of(c->update).reads & FM_BIT(FM_DRAW)) != 0;
-  const fm_scalars scalars = {&o->norm,    &o->rho,        &o->lr,
-                              &o->scale,   &o->lipschitz,  &o->curvature_scale,
-                              corrections, o->coefficient, draws || o->random ? key : NULL,
-                              false};
+  const fm_scalars scalars = {.norm = &o->norm,
+                              .rho = &o->rho,
+                              .lr = &o->lr,
+                              .scale = &o->scale,
+                              .lipschitz = &o->lipschitz,
+                              .curvature_scale = &o->curvature_scale,
+                              .corrections = corrections,
+                              .coefficients = o->coefficient,
+                              .key = draws || o->random ? key : NULL};
   fm_options unread = *o;
   unread.norm = unread.rho = unread.lr = unread.scale = unread.lipschitz = unread.curvature_scale = NAN;
   unread.coefficient[0] = unread.coefficient[1] = unread.coefficient[2] = NAN;

@@ -148,3 +148,63 @@ def test_the_reference_takes_them_too(step: str, monkeypatch: pytest.MonkeyPatch
     run(want, backup, lr=RATES)
     for a, b in zip(got[0], want[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("law", ["uniform", "normal", "truncated_normal", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_with_keys_and_sizes_of_their_own(dtype: torch.dtype, law: str) -> None:
+    """Each parameter draws as the first of a list of its own, and again as the third of another."""
+    sizes = torch.tensor([(0.5, 0.25, 0.1), (0.1, 0.0, 0.3), (0.0, 1.0, 1.0), (2.0, 0.5, 0.0), (1.0, 0.1, 0.1)])
+    streams = [(7, 3, 1), (7, 3, 2), (8, 3, 1), (2**63 + 5, 9, 40), (7, 4, 1)]
+    for place in (0, 2):
+        one, many = problem_of(dtype), problem_of(dtype)
+        words = [ops.random_key(*stream).view(torch.int64) for stream in streams]
+        keys = torch.stack([torch.cat([key, torch.tensor([place])]) for key in words]).view(torch.uint64)
+        curvatures, backup = one.state(1, positive=True), one.backup()
+        tally = ops.scaled_noise_(
+            one.params, backup, keys, distribution=law, scale=sizes, curvatures=curvatures, lipschitz=0.5
+        )
+        total = torch.zeros(3, dtype=torch.float64)
+        for i, (scale, gamma, eps) in enumerate(sizes.tolist()):
+            # Before it come copies of no element, which take the first places of the list.
+            p = [torch.empty(0, dtype=dtype)] * place + [many.params[i]]
+            h = [torch.empty(0, dtype=curvatures[i].dtype)] * place + [curvatures[i]]
+            key = ops.random_key(*streams[i])
+            options = {"distribution": law, "scale": scale, "gamma": gamma, "eps": eps, "lipschitz": 0.5}
+            total += ops.scaled_noise_(p, ops.backup_like(p), key, curvatures=h, **options)
+        assert same_bits(one.params, many.params)
+        torch.testing.assert_close(tally, total, rtol=1e-6, atol=1e-9)
+        ops.restore_(one.params, backup)
+        assert same_bits(one.params, problem_of(dtype).params)
+
+
+def test_the_reference_draws_with_them_too() -> None:
+    sizes = torch.tensor([(0.5, 0.25, 0.1)] * 4 + [(1.0, 0.1, 0.1)], dtype=torch.float64)
+    rows = [torch.cat([ops.random_key(5, i).view(torch.int64), torch.tensor([i % 2])]) for i in range(len(SHAPES))]
+    keys = torch.stack(rows).view(torch.uint64)
+    one, two = problem_of(torch.float64), problem_of(torch.float64)
+    zero, unit = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    lists: list[list[Tensor]] = [[], [], []]
+    for run, operator in ((one, torch.ops.flatmin.scaled_noise_), (two, reference.scaled_noise_)):
+        operator(run.params, *lists, run.backup(), keys, sizes, zero, unit, 1, 0.0, 0.0)
+    for a, b in zip(one.params, two.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key", [torch.zeros(4, 3), torch.zeros(5, 2), torch.zeros(3, 5).T], ids=["4x3", "5x2", "strided"]
+)
+def test_wrong_keys_are_named(key: Tensor) -> None:
+    problem, before = problem_of(torch.float32), problem_of(torch.float32)
+    with pytest.raises(RuntimeError, match=r"key must be a contiguous uint64 tensor \(seed, step\), or \[5, 3\]"):
+        ops.scaled_noise_(problem.params, problem.backup(), key.to(torch.uint64), scale=0.5, eps=1.0)
+    assert same_bits(problem.params, before.params)
+
+
+def test_one_negative_neighbourhood_among_them_writes_nothing() -> None:
+    problem, before = problem_of(torch.float32), problem_of(torch.float32)
+    sizes = torch.ones(5, 3, dtype=torch.float64)
+    sizes[3, 2] = -1.0
+    with pytest.raises(RuntimeError, match=r"scale: \(gamma, eps\) = \(1, -1\) given"):
+        ops.scaled_noise_(problem.params, problem.backup(), ops.random_key(1, 1), scale=sizes)
+    assert same_bits(problem.params, before.params)

@@ -155,6 +155,15 @@ def noise(problem: Problem, law: str, per_element: bool) -> list[Tensor]:
         run, backup = problem_on(problem.params[0].device, problem), problem.backup()
         tally = ops.scaled_noise_(run.params, backup, key, distribution=law, **options)
         results += [*run.params, backup, tally]
+    count = len(problem.params)
+    own_sizes = torch.tensor([(0.5 * (i % 3), 0.25, 0.1 * i) for i in range(count)], dtype=torch.float64)
+    rows = [torch.cat([ops.random_key(9, 5, i // 2).view(torch.int64), torch.tensor([i % 2])]) for i in range(count)]
+    if rows:
+        run, backup = problem_on(problem.params[0].device, problem), problem.backup()
+        own_keys = torch.stack(rows).to(key.device).view(torch.uint64)
+        own = {"curvatures": problem.grads, "lipschitz": lipschitz, "scale": own_sizes.to(key.device)}
+        tally = ops.scaled_noise_(run.params, backup, own_keys, distribution=law, **own)
+        results += [*run.params, backup, tally]
     results.append(ops.pacgen(problem.params, problem.grads, gamma=0.5, eps=0.25, lipschitz=lipschitz))
     return results + ops.filter_norm(problem.params)
 

@@ -169,6 +169,18 @@ def _vary_labels(rng: random.Random, given: dict[str, Any]) -> None:
         given["targets"] = torch.tensor([rng.randrange(classes) for _ in wide], dtype=torch.int64)
 
 
+def _vary_noise(rng: random.Random, given: dict[str, Any]) -> None:
+    """Sizes and keys of their own."""
+    count = len(given["params"])
+    if rng.random() < 0.3:
+        given["scale"] = _from_pool(rng, 3 * count, torch.float64)
+    if rng.random() < 0.3:
+        given["key"] = torch.tensor([[rng.randrange(2**63), rng.randrange(2**40), rng.randrange(9)]] * count).view(
+            -1, 3
+        )
+        given["key"] = given["key"].to(torch.int64).view(torch.uint64)
+
+
 # ---- spoiling ----
 
 
@@ -376,6 +388,8 @@ class RawCall:
         self.given = dict(zip(names, _selftest.arguments_of(case, schema, _MAKERS), strict=True))
         if self.operator in _library._SAMPLES:
             _vary_labels(rng, self.given)
+        if self.operator == "scaled_noise_":
+            _vary_noise(rng, self.given)
         self.spoiled = [_spoil(rng, self.operator, self.given) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 4)))]
         if rng.random() < 0.02:
             self.spoiled.append("everything: meta")

@@ -70,11 +70,13 @@ def scaled_noise_(
     Args:
         params: changed in place. Their old bytes go to ``backup``; :func:`restore_` brings them back.
         backup: from :func:`backup_like`.
-        key: from :func:`random_key`. The noise is drawn in registers and never stored.
+        key: from :func:`random_key`; or uint64[n, 3], for each parameter the two words of its key and its number in
+            the list that the key is of. The noise is drawn in registers and never stored.
         distribution: of ``xi``: "uniform" on (-1, 1); "normal"; "truncated_normal", the normal law of ``sigma_i xi_i``
             cut at ``N_i`` (at ``sigma_i`` where the size is not from curvatures); "rademacher", +1 or -1.
         scale: float or 0-dim tensor; 0 moves nothing. With ``curvatures`` it is >= 0 and has the unit sqrt(loss). Else
-            it has none, and its negative gives the other side of ``w``, as central differences need it.
+            it has none, and its negative gives the other side of ``w``, as central differences need it. Or float64[n,
+            3], a scale, gamma and eps of each parameter.
         gamma, eps: >= 0; the neighbourhood ``N_i``.
         curvatures: like ``params``, of their types or float32.
         sizes: like ``params``, of their types or float32; any strides, overlapping ones too.

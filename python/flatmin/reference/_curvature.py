@@ -39,7 +39,7 @@ def curvature_(
     """
     wide = wide_type(curvatures[0])
     largest = torch.zeros((), dtype=wide, device=curvatures[0].device)
-    slots = backup_views(params, backup) if params else iter(())
+    views = backup_views(params, backup) if params else iter(())
     before, after = corrections.unbind()
     for i, h in enumerate(curvatures):
         real = torch.promote_types(arithmetic_type(params[i] if params else h), arithmetic_type(sources[i]))
@@ -55,7 +55,7 @@ def curvature_(
         if not params:
             continue
         w = torch.empty_like(params[i])
-        memory_order(w).copy_(next(slots))
+        memory_order(w).copy_(next(views))
         step = (params[i].to(real) - w.to(real)).abs()
         moved = (step > min_step) & (before != 0)
         q = torch.where(moved, (after.to(real) * new - before.to(real) * old).abs() / step, 0.0)

@@ -21,7 +21,7 @@ def element_numbers(index: Tensor, count: int) -> Tensor:
 
 
 def _words(numbers: Tensor, key: Tensor) -> Tensor:
-    """The word of each number: lane number % 4 of quad number // 4, of the tensor 0."""
+    """The word of each number: word number % 4 of quad number // 4, of the tensor 0."""
     return quad_words(numbers >> 2, key, 0).gather(1, (numbers & 3).unsqueeze(1)).squeeze(1)
 
 
@@ -72,6 +72,6 @@ def draw_samples(index: Tensor, key: Tensor, count: int, inner: int, law: int) -
     """Draws of a law of size 1, float32 [count, inner]: element k of sample s is a function of the key, its index (or
     position) and k."""
     numbers = element_numbers(index, count * inner)
-    quads, lane = numbers >> 2, (numbers & 3).unsqueeze(1)
+    quads, word = numbers >> 2, (numbers & 3).unsqueeze(1)
     four = draws_of(quad_words(quads, key, 0), law)
-    return four.gather(1, lane).squeeze(1).view(count, inner).to(torch.float32)
+    return four.gather(1, word).squeeze(1).view(count, inner).to(torch.float32)

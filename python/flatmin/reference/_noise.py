@@ -41,21 +41,21 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return product >> 32 & 0xFFFFFFFF, product & 0xFFFFFFFF
 
 
-def random_words(n: int, key: Tensor, tensor: int) -> Tensor:
+def random_words(n: int, key: Tensor, tensor: int | Tensor) -> Tensor:
     """The word (int64 in [0, 2^32)) of each of ``n`` elements: Philox4x32-10 (Salmon et al. 2011) in int64 arithmetic.
 
-    Element i has lane i % 4 of the block with counter (quad, stream, tensor, draw), quad = i // 4. ``key`` is
+    Element i has word i % 4 of the block with counter (quad, stream, tensor, draw), quad = i // 4. ``key`` is
     uint64[2]: the seed, and the draw (lower 32 bits) with its stream (upper 32).
     """
     return quad_words(torch.arange(-(-n // 4), dtype=torch.int64, device=key.device), key, tensor).flatten()[:n]
 
 
-def quad_words(quads: Tensor, key: Tensor, tensor: int) -> Tensor:
+def quad_words(quads: Tensor, key: Tensor, tensor: int | Tensor) -> Tensor:
     """The four words [n, 4] of each of the blocks ``quads`` [n]."""
     words = key.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     k0, k1, draw, stream = words.unbind()
     c0, c1 = quads & 0xFFFFFFFF, quads >> 32 ^ stream << 16 & 0xFFFFFFFF
-    c2, c3 = torch.full_like(quads, tensor), draw.expand_as(quads)
+    c2, c3 = torch.zeros_like(quads) + tensor, draw.expand_as(quads)
     for _ in range(10):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
@@ -64,7 +64,7 @@ def quad_words(quads: Tensor, key: Tensor, tensor: int) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=1)
 
 
-def draws(n: int, key: Tensor, tensor: int, law: int) -> Tensor:
+def draws(n: int, key: Tensor, tensor: int | Tensor, law: int) -> Tensor:
     """``n`` independent draws of a law of size 1, in the wide type; of TRUNCATED its uniform variable.
 
     Uniform: 23 bits of the word, the centre of each of 2^23 cells of (-1, 1). Normal: Box and Muller (1958) on the two
@@ -88,7 +88,7 @@ def draws_of(words: Tensor, law: int) -> Tensor:
     return x
 
 
-def draw_like(t: Tensor, key: Tensor, tensor: int, law: int) -> Tensor:
+def draw_like(t: Tensor, key: Tensor, tensor: int | Tensor, law: int) -> Tensor:
     """The draws of a tensor's elements, which are counted in memory order."""
     order = sorted(range(t.dim()), key=t.stride, reverse=True)
     inverse = sorted(range(t.dim()), key=order.__getitem__)
@@ -101,8 +101,8 @@ def curved(
     lipschitz: Tensor | float,
     constant: Tensor,
     curvature_scale: Tensor,
-    gamma: float,
-    eps: float,
+    gamma: float | Tensor,
+    eps: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``N_i = gamma |w_i| + eps`` and ``c_i = max(h_i + rho_i N_i, 0)``, NaN where that sum is not finite."""
     n = gamma * w.abs() + eps
@@ -133,20 +133,25 @@ def scaled_noise_(
     """``backup <- w;  w <- w + sigma_i xi_i`` where sigma_i is finite. (sum of sigma_i, capped, not finite)."""
     wide = wide_type(params[0])
     tally = torch.zeros(3, dtype=wide, device=params[0].device)
+    own: list[tuple[Tensor, Tensor | float, Tensor | float]] = [(scale.reshape(-1)[0], gamma, eps)] * len(params)
+    if scale.numel() == 3 * len(params):
+        own = [(each[0], each[1], each[2]) for each in scale.reshape(-1, 3)]
     for i, (p, old) in enumerate(zip(params, backup_views(params, backup), strict=True)):
         old.copy_(memory_order(p))
         real = arithmetic_type(p)
         w = p.to(real)
-        k, constant = scale.to(real), lipschitz_constant.to(real)
+        k, constant = own[i][0].to(real), lipschitz_constant.to(real)
+        size = [value.to(real) if isinstance(value, Tensor) else value for value in own[i][1:]]
         if curvatures:
             rho = lipschitz[i].to(real) if lipschitz else 1.0
-            n, c = curved(w, curvatures[i].to(real), rho, constant, curvature_scale.to(real), gamma, eps)
+            n, c = curved(w, curvatures[i].to(real), rho, constant, curvature_scale.to(real), *size)
             sigma = noise_size(c, n, k)
             tally[1] += (n * c.sqrt() <= k).sum()
         else:
-            n = sizes[i].to(real) if sizes else gamma * w.abs() + eps
+            n = sizes[i].to(real) if sizes else size[0] * w.abs() + size[1]
             sigma = n = k * n
-        xi = draw_like(p, key, i, law).to(real)
+        its_key, number = (key, i) if key.dim() == 1 else (key[i, :2], key[i, 2].view(torch.int64))
+        xi = draw_like(p, its_key, number, law).to(real)
         if law == TRUNCATED:
             a = n / sigma
             u = sigma * math.sqrt(2.0) * torch.erfinv(xi * torch.erf(a / math.sqrt(2.0)))

@@ -67,14 +67,12 @@ class Part(NamedTuple):
         group: index of the group.
         first: place of the first parameter in its group.
         start, stop: their places in the bucket.
-        elements: how many they have.
     """
 
     group: int
     first: int
     start: int
     stop: int
-    elements: int
 
 
 class NoiseBucket(Bucket):
@@ -103,9 +101,8 @@ class NoiseBucket(Bucket):
             for state in states:
                 state.correction = own
         self.follow(states)
-        self._keys: tuple[int, int, tuple[int, ...], Tensor] | None = None
+        self._key: tuple[int, int, tuple[int, ...], Tensor] | None = None
         self._parts: list[Part] = []
-        self._backups: list[Tensor] = []
         self._sizes: tuple[list[Tensor], list[Tensor]] | None = None
 
     def follow(self, states: list[ParameterState]) -> None:
@@ -124,50 +121,47 @@ class NoiseBucket(Bucket):
         """By group, in order."""
         if not self._parts:
             places = {id(p): (g, i) for g in self.groups for i, p in reversed(list(enumerate(groups[g]["params"])))}
-            own, elements = [places[id(p)] for p in self.params], [p.numel() for p in self.local()]
+            own = [places[id(p)] for p in self.params]
             starts = [i for i, (g, _) in enumerate(own) if i == 0 or g != own[i - 1][0]]
             self._parts = [
-                Part(*own[start], start, stop, sum(elements[start:stop]))
-                for start, stop in zip(starts, [*starts[1:], len(own)], strict=True)
+                Part(*own[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(own)], strict=True)
             ]
         return self._parts
 
-    def backups(self) -> list[Tensor]:
-        """What of the backup belongs to each part."""
-        if len(self._parts) == 1:
-            return [self.backup]
-        if not self._backups:
-            params = self.local()
-            sizes = [reference.backup_nbytes(params[part.start : part.stop]) for part in self._parts]
-            self._backups = list(self.backup.split(sizes))  # type: ignore[no-untyped-call]
-        return self._backups
+    def elements(self) -> int:
+        return sum(map(Tensor.numel, self.local()))
 
-    def keys(self, seed: int, draw: int, streams: tuple[int, ...]) -> Tensor:
-        """Keys of a draw, uint64[parts, 2]. They are advanced on the device, so that a captured CUDA graph draws
-        anew."""
-        if self._keys is None or self._keys[:3] != (seed, draw - 1, streams):
-            rows = [ops.random_key(seed, draw, stream).view(torch.int64) for stream in streams]
-            keys = on_device(torch.stack(rows), self.device).view(torch.uint64)
+    def key(self, seed: int, draw: int, streams: tuple[int, ...]) -> Tensor:
+        """Key of a draw for ``scaled_noise_``; with several parts one for each parameter, which is counted from the
+        first of its part. It is advanced on the device, so that a captured CUDA graph draws anew."""
+        if self._key is None or self._key[:3] != (seed, draw - 1, streams):
+            keys = [ops.random_key(seed, draw, stream).view(torch.int64) for stream in streams]
+            rows = [
+                torch.cat([key, key.new_tensor([i])])
+                for key, part in zip(keys, self._parts, strict=True)
+                for i in range(part.stop - part.start)
+            ]
+            key = on_device(torch.stack(rows) if len(keys) > 1 else keys[0], self.device).view(torch.uint64)
         else:
-            keys = self._keys[3]
-            keys.view(torch.int32)[:, 2].add_(1)
-        self._keys = seed, draw, streams, keys
-        return keys
+            key = self._key[3]
+            key.view(torch.int32)[..., 2].add_(1)
+        self._key = seed, draw, streams, key
+        return key
 
-    def forget_keys(self) -> None:
-        self._keys = None
+    def forget_key(self) -> None:
+        self._key = None
 
     def draws(self) -> int | None:
         """How many draws the device has made; None if it made none. The host waits for it."""
-        return None if self._keys is None else int(self._keys[3].view(torch.int32)[0, 2]) % 2**32 + 1
+        return None if self._key is None else int(self._key[3].view(torch.int32).flatten()[2]) % 2**32 + 1
 
     def last_draw(self, position: int) -> tuple[int, int, int, int] | None:
         """Seed, draw and stream of the last draw, and the place in its list of the parameter at ``position``; None if
         there was no draw, or it was taken back. The host waits for it."""
         drawn = self.draws()
-        if self._keys is None or drawn is None:
+        if self._key is None or drawn is None:
             return None
-        seed, _, streams, _ = self._keys
+        seed, _, streams, _ = self._key
         part, stream = next((p, s) for p, s in zip(self._parts, streams, strict=True) if p.start <= position < p.stop)
         return seed, drawn - 1, stream, position - part.start
 
@@ -186,7 +180,7 @@ class NoiseBucket(Bucket):
 
     def __getstate__(self) -> dict[str, Any]:
         """A key is made anew from the counters: torch cannot pickle tensors of uint64."""
-        return self.__dict__ | {"_keys": None, "_sizes": None, "_backups": []}
+        return self.__dict__ | {"_key": None, "_sizes": None}
 
     # -- restore and step in one pass ----------------------------------------------------------------------------------
 

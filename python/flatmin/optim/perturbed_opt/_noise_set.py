@@ -20,7 +20,7 @@ from ..._devices import on_device
 from ..._distributed import combine, local_gradient, rank
 from .._buckets import Mark, PerturbedSet, alike, name_of, params_of, trained, with_gradient
 from ._bias_correction import BiasCorrection
-from ._noise_bucket import NoiseBucket, ParameterState, Part, Subset, local
+from ._noise_bucket import NoiseBucket, ParameterState, Subset, local
 from ._nonfinite import NonFiniteFlag
 from ._settings import Settings
 
@@ -54,14 +54,6 @@ class NoiseStats(NamedTuple):
     mean_sigma: Tensor
     capped_fraction: Tensor
     invalid: Tensor
-
-
-class Moved(NamedTuple):
-    """A part that is away from ``w``, and what its operator said of it, unless an exception came between."""
-
-    bucket: NoiseBucket
-    part: Part
-    tally: Tensor | None
 
 
 def can_move(group: dict[str, Any]) -> bool:
@@ -156,28 +148,16 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         # Each group draws by itself, numbered as if it had buckets of its own.
         order = sorted(part for bucket in buckets for part in bucket.parts(groups))
         numbers = {part: number for number, part in enumerate(order)}
-        moved: list[Moved] = []
         try:
             for bucket in self.buckets:
-                parts = bucket.parts(groups)
-                streams = tuple(self._stream(bucket, numbers[part], len(order)) for part in parts)
-                keys = bucket.keys(self.seed, draw, streams)
-                options = [self._options_of(groups[part.group], factor) for part in parts]
-                self._move(bucket, parts, keys, options, moved)
-            for bucket in self.buckets:
-                bucket.moved = bucket.saved = True
-                bucket.bump_versions()
+                streams = tuple(self._stream(bucket, numbers[part], len(order)) for part in bucket.parts(groups))
+                self._move(bucket, bucket.key(self.seed, draw, streams), self._options_of(bucket, groups, factor))
         except BaseException:
-            for each in moved:  # of the others the backup holds nothing
-                bucket, part = each.bucket, each.part
-                backup = bucket.backups()[bucket.parts(groups).index(part)]
-                ops.restore_(bucket.local()[part.start : part.stop], backup)
-                bucket.bump_versions()
-                bucket.moved = bucket.saved = False
             self.restore()
+            self._tallies = []
+            for bucket in self.buckets:
+                bucket.saved = False
             raise
-        in_order = sorted(moved, key=lambda each: each.part)
-        self._tallies = [(each.tally, each.part.elements) for each in in_order if each.tally is not None]
         return bool(self.buckets)
 
     def take_back_draw(self) -> None:
@@ -185,48 +165,38 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
         if self.buckets:
             self.draws -= 1
             for bucket in self.buckets:
-                bucket.forget_keys()
+                bucket.forget_key()
 
-    def _move(
-        self,
-        bucket: NoiseBucket,
-        parts: Sequence[Part],
-        keys: Tensor,
-        options: Sequence[dict[str, Any]],
-        moved: list[Moved],
-    ) -> None:
-        """Move one part after the other, and note in ``moved`` what the operator says of each."""
-        params, common = bucket.local(), self._sizes_of(bucket)
-        lists = {name: value for name, value in common.items() if isinstance(value, list)}
-        for part, backup, key, of_group in zip(parts, bucket.backups(), keys.unbind(), options, strict=True):
-            own = {name: value[part.start : part.stop] for name, value in lists.items()}
-            its = params[part.start : part.stop]
-            mark, before = Mark(backup, its), len(moved)
-            try:
-                tally = ops.scaled_noise_(its, backup, key, **(common | of_group | own))
-                moved.append(Moved(bucket, part, tally))
-            except BaseException:
-                if mark.overwritten() and len(moved) == before:
-                    moved.append(Moved(bucket, part, None))
-                raise
-            self.nonfinite.record(tally[2])
+    def _move(self, bucket: NoiseBucket, key: Tensor, options: dict[str, Any]) -> None:
+        params = bucket.local()
+        mark = Mark(bucket.backup, params)
+        try:
+            tally = ops.scaled_noise_(params, bucket.backup, key, **options)
+            bucket.moved = bucket.saved = True
+        except BaseException:
+            bucket.moved = mark.overwritten()
+            raise
+        bucket.bump_versions()
+        self.nonfinite.record(tally[2])
+        self._tallies.append((tally, bucket.elements()))
 
-    def _options_of(self, group: dict[str, Any], factor: float) -> dict[str, Any]:
-        if self.settings.curved:
-            neighbourhood = {"gamma": group["popt_gamma"] * factor, "eps": group["popt_eps"] * factor}
-            return neighbourhood | {"scale": group["popt_scale"]}
-        return {"scale": group["popt_scale"] * factor}
-
-    def _sizes_of(self, bucket: NoiseBucket) -> dict[str, Any]:
+    def _options_of(self, bucket: NoiseBucket, groups: Sequence[dict[str, Any]], factor: float) -> dict[str, Any]:
         options: dict[str, Any] = {"distribution": self.settings.distribution}
         if self.settings.curved:
             options |= {"curvatures": bucket.curvatures, "curvature_scale": bucket.correction.scale}
             options["lipschitz"] = self._lipschitz_of(bucket)
-        elif self.settings.sizing in _NEIGHBOURHOODS:
-            options["gamma"], options["eps"] = _NEIGHBOURHOODS[self.settings.sizing]
-        else:
+        elif self.settings.sizing not in _NEIGHBOURHOODS:
             options["sizes"] = bucket.sizes()
-        return options
+        own = [self._size_of(groups[index], factor) for index in bucket.groups]
+        if own.count(own[0]) < len(own):
+            return options | {"scale": bucket.each(groups, own)}
+        return options | dict(zip(("scale", "gamma", "eps"), own[0], strict=True))
+
+    def _size_of(self, group: dict[str, Any], factor: float) -> tuple[float, float, float]:
+        """Scale, gamma and eps of a group."""
+        if self.settings.curved:
+            return group["popt_scale"], group["popt_gamma"] * factor, group["popt_eps"] * factor
+        return group["popt_scale"] * factor, *_NEIGHBOURHOODS.get(self.settings.sizing, (0.0, 0.0))
 
     def _lipschitz_of(self, bucket: NoiseBucket) -> float | Tensor | list[Tensor]:
         if not isinstance(self.settings.lipschitz, str):
@@ -237,17 +207,17 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
 
     def _stream(self, bucket: NoiseBucket, position: int, count: int) -> int:
         """Each bucket counts its elements from 0, and so does each shard and, if asked for, each rank."""
-        lane = 0
+        place = 0
         if self.settings.sync == "per_rank":
-            lane = rank()
+            place = rank()
         elif bucket.shards is not None:
             p: Any = bucket.params[0]
-            for dim, place in enumerate(p.placements):
-                if place.is_shard():
-                    lane = lane * p.device_mesh.size(dim) + p.device_mesh.get_local_rank(dim)
-        stream = lane * count + position
+            for dim, placement in enumerate(p.placements):
+                if placement.is_shard():
+                    place = place * p.device_mesh.size(dim) + p.device_mesh.get_local_rank(dim)
+        stream = place * count + position
         if stream >= STREAMS:
-            raise RuntimeError(f"{count} buckets on {lane} ranks and more: there are {STREAMS} streams of noise")
+            raise RuntimeError(f"{count} buckets on {place} ranks and more: there are {STREAMS} streams of noise")
         return stream
 
     def stats(self) -> NoiseStats | None:
