@@ -15,7 +15,7 @@ from ._devices import on_device
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["combine", "is_dtensor", "local_gradient", "rank", "shard_groups", "total"]
+__all__ = ["agreed", "combine", "gathered", "is_dtensor", "is_first", "local_gradient", "rank", "shard_groups", "total"]
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -43,6 +43,30 @@ def rank() -> int:
     """Of this process in the default group; 0 where there is none."""
     known = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if known else 0
+
+
+def is_first(group: ProcessGroup | None) -> bool:
+    """Whether this process is the first of ``group``, or alone."""
+    return group is None or torch.distributed.get_rank(group) == 0
+
+
+def agreed(x: Any, group: ProcessGroup | None) -> Any:
+    """``x`` of the first rank, on all of them: what depends on a clock or a file. It can be pickled."""
+    if group is None:
+        return x
+    box = [x]
+    source = torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast_object_list(box, source, group=group)
+    return box[0]
+
+
+def gathered(x: Any, group: ProcessGroup | None) -> list[Any]:
+    """``x`` of every rank, in their order. It can be pickled."""
+    if group is None:
+        return [x]
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, x, group=group)
+    return found
 
 
 def combine(partial: Sequence[Tensor], q: float, groups: Sequence[ProcessGroup] = ()) -> Tensor:

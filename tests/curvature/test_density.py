@@ -39,8 +39,9 @@ def density() -> curvature.SpectralDensity:
 def test_golden_quadrature() -> None:
     """From v = (1, 1, -1, 1) / 2 four steps are exact."""
     with curvature.linear_operator(Q4(), q4_loss, Q4_DATA) as A:
-        start = torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-        nodes, weights, products = quadrature(A, start, Basis(A, 4))
+        basis = Basis(A, 4)
+        basis.start(torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64))
+        nodes, weights, products = quadrature(A, basis)
     assert nodes.tolist() == pytest.approx([0.53449151, 0.55315634, 1.09445949, 3.58351766], abs=5e-9)
     assert weights.tolist() == pytest.approx([0.01799309, 0.58217667, 0.16745062, 0.23237962], abs=5e-9)
     assert float(weights @ nodes) == pytest.approx(1.34765625, abs=1e-14)

@@ -45,6 +45,11 @@ class Basis:
         """As the operator takes it."""
         return on_device(self.rows[i], self.device).to(self.dtype)
 
+    def start(self, v: Tensor) -> None:
+        """Anew, from ``v / ||v||``."""
+        self.count = 0
+        self.append(v, norm(v))
+
     def append(self, v: Tensor, length: float) -> None:
         """``v / length``, of norm 1."""
         self.rows[self.count].copy_(v / length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from .._checks import check_int
 from .._rng import OwnGenerators
 from ._arguments import describe
 from ._containers import fingerprint, first_dimensions, same_prints, to_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Batches", "Source", "iterable"]
 
@@ -69,10 +72,12 @@ class Source:
     Attributes:
         given: the same.
         length: number of batches in a pass, None where nobody knows.
+        process_group: whose ranks each read a share, None if this is all there is.
     """
 
     def __init__(self, data: Any) -> None:
         self.given = data
+        self.process_group: ProcessGroup | None = None
         self.batches = data if isinstance(data, Batches) else Batches(data)
         self._data = iterable(self.batches.data, self.batches.forward)
         self.length = _length(self._data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import check_int
 from ._arguments import check_seed
-from ._basis import Basis, norm
+from ._basis import Basis
 from ._lanczos import check_basis, next_vector
 from ._linear_operator import SymmetricOperator, operator_of, random_vector
 from ._measurement import LossFn
@@ -225,18 +225,17 @@ def spectral_density(
         for draw in range(probes):
             if hasattr(A, "note"):
                 A.note(f"probe {draw + 1} of {probes}")
-            rules.append(quadrature(A, random_vector(A, seed, draw, 0, "rademacher"), basis))
+            basis.start(random_vector(A, seed, draw, 0, "rademacher"))
+            rules.append(quadrature(A, basis))
         products = sum(count for _, _, count in rules)
         return SpectralDensity(
             tuple(nodes for nodes, _, _ in rules), tuple(weights for _, weights, _ in rules), A.shape[0], products
         )
 
 
-def quadrature(A: SymmetricOperator, start: Tensor, basis: Basis) -> tuple[Tensor, Tensor, int]:
-    """Nodes and weights of the Gauss rule of A and ``start``, with as many steps as ``basis`` has room for, and the
-    products that it took."""
-    basis.count = 0
-    basis.append(start, norm(start))
+def quadrature(A: SymmetricOperator, basis: Basis) -> tuple[Tensor, Tensor, int]:
+    """Nodes and weights of the Gauss rule of A and the only vector of ``basis``, with as many steps as that has room
+    for, and the products that it took."""
     size = len(basis.rows)
     t = torch.zeros(size, size, dtype=torch.float64)
     scale, epsilon = 0.0, torch.finfo(basis.dtype).eps
@@ -248,5 +247,6 @@ def quadrature(A: SymmetricOperator, start: Tensor, basis: Basis) -> tuple[Tenso
             break
         t[j, j + 1] = t[j + 1, j] = beta
         basis.append(w, beta)
+        del w  # a product needs memory of its own
     nodes, vectors = torch.linalg.eigh(t[: j + 1, : j + 1])
     return nodes, vectors[0] ** 2, j + 1

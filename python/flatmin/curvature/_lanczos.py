@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of, check_size
+from .._devices import on_device
 from ._arguments import check_seed
 from ._basis import Basis, norm
 from ._linear_operator import CurvatureOperator, SymmetricOperator, operator_of, random_vector
@@ -221,8 +222,7 @@ class _Run:
         v = random_vector(self.A, self.seed, 0, STARTS, "normal")
         if start is not None:
             # a sum of eigenvectors spans them all; the random part finds what has come up since
-            known = _start_vectors(self.A, start)
-            v = sum(known) / len(known) ** 0.5 + v * (_FRESH / norm(v))
+            v = _sum_of(self.A, start) + v * (_FRESH / norm(v))
         self._append(v, norm(v))
 
     def _append(self, v: Tensor, length: float) -> None:
@@ -279,6 +279,7 @@ class _Run:
                 return False
         else:
             basis.append(self.w, self.beta)
+            del self.w  # a product needs memory of its own
             t[j, :j] = t[:j, j] = self.beta * border
         self.current[j] = 1.0
         return True
@@ -353,20 +354,21 @@ class _Run:
     # -- the result ------------------------------------------------------------------------------------------------
 
     def result(self, vectors: bool, check: bool) -> Eigenvalues:
+        del self.w
         found = self._wanted()
         values, residuals = self.values[found], self.residuals[found]
-        x: Tensor | None = None
-        if vectors or check:
-            kept = self.basis.rows
-            dtype = torch.promote_types(kept.dtype, torch.float32)
-            x = torch.empty(len(found), kept.shape[1], dtype=dtype, device=kept.device)
+        x = self._empty(len(found)) if vectors else None
+        if x is not None:
             self.basis.combine(self.y[:, found], out=x)
-        if check and x is not None:
-            pairs = [self._residual(row) for row in x]
+        if check:
+            # one vector at a time where none is asked for
+            pairs = [self._residual(self._vector(i) if x is None else x[j]) for j, i in enumerate(found)]
             values = torch.tensor([value for value, _ in pairs], dtype=torch.float64)
             residuals = torch.tensor([residual for _, residual in pairs], dtype=torch.float64)
             order = values.argsort(descending=True)
-            values, residuals, x = values[order], residuals[order], x[order.to(x.device)]
+            values, residuals = values[order], residuals[order]
+            if x is not None and order.tolist() != list(range(len(found))):
+                x = x[order.to(x.device)]
         within = residuals <= self._allowed(values)
         if not bool(within.all()):
             warnings.warn(
@@ -384,9 +386,19 @@ class _Run:
             [self._shaped(row) for row in x] if vectors and x is not None else None,
         )
 
+    def _empty(self, count: int) -> Tensor:
+        """Room for vectors, where and at least as finely as the basis is kept."""
+        kept = self.basis.rows
+        dtype = torch.promote_types(kept.dtype, torch.float32)
+        return torch.empty(count, kept.shape[1], dtype=dtype, device=kept.device)
+
+    def _vector(self, i: int) -> Tensor:
+        return self.basis.combine(self.y[:, [i]], out=self._empty(1))[0]
+
     def _residual(self, row: Tensor) -> tuple[float, float]:
-        v = row.to(self.basis.device, self.basis.dtype)
-        v = v / norm(v)
+        """The value and its residual. ``row`` is what is normalised, where the operator takes it as it is."""
+        v = on_device(row, self.basis.device).to(self.basis.dtype)
+        v.div_(norm(v))
         w = self.A @ v
         self.products += 1
         value = float((v.to(torch.float64) @ w.to(torch.float64)) if v.device.type != "mps" else v @ w)
@@ -409,27 +421,33 @@ def next_vector(A: SymmetricOperator, basis: Basis) -> tuple[Tensor, Tensor, flo
 _FRESH = 0.1
 
 
-def _start_vectors(A: SymmetricOperator, start: Any) -> list[Tensor]:
+def _sum_of(A: SymmetricOperator, start: Any) -> Tensor:
+    """Of vectors to start from, each scaled to norm 1, over the root of their number."""
     if isinstance(start, Eigenvalues):
         if start.vectors is None:
             raise ValueError("start: holds no vectors; compute them with vectors=True")
         start = start.vectors
-    found = _flat_vectors(A, start)
     dtype = getattr(A, "work_dtype", None) or A.dtype
-    found = [v.detach().to(A.device, dtype) for v in found]
-    lengths = [norm(v) for v in found]
-    for length in lengths:
+    total, count = None, 0
+    for given in _flat_vectors(A, start):
+        v = on_device(given.detach(), A.device, dtype)
+        length = norm(v)
         if not 0.0 < length < math.inf:
             raise ValueError(f"start: a vector has norm {length:g}; give vectors that are finite and not 0")
-    return [v / length for v, length in zip(found, lengths, strict=True)]
+        total = v / length if total is None else total.add_(v / length)
+        count += 1
+    assert total is not None
+    return total.div_(count**0.5)
 
 
-def _flat_vectors(A: SymmetricOperator, start: Any) -> list[Tensor]:
+def _flat_vectors(A: SymmetricOperator, start: Any) -> Iterator[Tensor]:
+    """One at a time: they may be as many as the basis holds."""
     n = A.shape[0]
     if isinstance(start, Tensor):
         if start.shape[-1:] != (n,) or start.dim() > 2:
             raise ValueError(f"start: a tensor of shape {tuple(start.shape)} given; give ({n},) or (k, {n})")
-        return list(start.reshape(-1, n))
+        yield from start.reshape(-1, n)
+        return
     if not isinstance(start, Sequence) or not start:
         raise TypeError("start: give an earlier result of eigenvalues, a vector, or a list of vectors")
     if (
@@ -439,5 +457,7 @@ def _flat_vectors(A: SymmetricOperator, start: Any) -> list[Tensor]:
         and (start[0].shape == A.params[0].shape)
     ):
         on_devices = [t.to(p.device) for t, p in zip(start, A.params, strict=True)]
-        return [A.flatten(check_tensors("start", on_devices, A.params))]
-    return [v for item in start for v in _flat_vectors(A, item)]
+        yield A.flatten(check_tensors("start", on_devices, A.params))
+        return
+    for item in start:
+        yield from _flat_vectors(A, item)

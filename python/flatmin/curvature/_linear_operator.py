@@ -19,7 +19,7 @@ from ._ggn import GGN
 from ._hessian import HESSIAN
 from ._hvp import check_method
 from ._matrix import Matrix
-from ._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
+from ._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite, shared_by
 from ._microbatches import micro_batches
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ class CurvatureOperator:
         check_one_of("matrix", matrix, tuple(_MATRICES))
         self.matrix = _MATRICES[matrix]
         self._difference, self._step = check_method(method, step), step
-        if isinstance(model, nn.parallel.DistributedDataParallel):  # torch.autograd.grad does not work through it
-            process_group = process_group or model.process_group
-            model = model.module
-        self.process_group = process_group
+        model, self.process_group = shared_by(model, process_group)
         if micro_batch is not None:
             check_int("micro_batch", micro_batch, 1)
             data = micro_batches(data, micro_batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ._arguments import check_params, check_tensors, describe, names_of, refuse_
 from ._batches import Source
 from ._derivatives import batch_hvp, gradient, refuse_once_differentiable, second
 from ._progress import ProgressBar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "LABELS",
@@ -31,6 +34,7 @@ __all__ = [
     "refuse_not_finite",
     "refuse_once_differentiable",
     "second",
+    "shared_by",
 ]
 
 #: What random numbers are for: each purpose has its own stream. 0 is that of the probes. See docs/random.md.
@@ -74,13 +78,16 @@ class Measurement:
         name: shown at the progress bar.
         passes: over ``data``, as planned: the length of the progress bar.
         progress: True or False; None shows a bar where stderr is a terminal, after two seconds.
+        process_group: each of its ranks measures its share of the data, and means are over all samples of all ranks.
+            None: that of ``data``, if it is a :class:`Source`.
 
     Attributes:
         params: the parameters, in order.
         parts: the same by device.
         data: the :class:`Source` of the batches: give it to measurements that are part of this one.
         backups: the bytes of each part at ``w``, once the weights have moved.
-        count: number of samples in the last complete pass.
+        count: number of samples in the last complete pass; after a mean, on all ranks.
+        own_count: on this one.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Measurement:
         name: str,
         passes: int = 1,
         progress: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: {type(model).__name__} given; give the torch.nn.Module that is measured")
@@ -101,7 +109,8 @@ class Measurement:
         self.loss_fn = loss_fn
         self.params = check_params(model, params)
         self.data = Source.of(data)
-        self.count = 0
+        self.data.process_group = self.process_group = process_group or self.data.process_group
+        self.count = self.own_count = 0
         devices = list(dict.fromkeys(p.device for p in self.params))
         self.parts = [
             Part(stream, device, [i for i, p in enumerate(self.params) if p.device == device])
@@ -148,7 +157,7 @@ class Measurement:
                 seen += size
                 yield inputs, targets, size
             self._bar.advance()
-        self.count = seen
+        self.count = self.own_count = seen
 
     def outputs(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """What the model makes of a batch, and the targets: the arguments of the loss."""
@@ -173,6 +182,7 @@ class Measurement:
             loss = self.loss(inputs, targets)
             total = total + size * loss.to(torch.float32 if loss.device.type == "mps" else torch.float64)
         assert isinstance(total, Tensor)
+        self._over_ranks([total])
         return total / self.count
 
     def mean(self, term: Callable[[Any, Any], Sequence[Tensor | None]]) -> list[Tensor]:
@@ -182,6 +192,7 @@ class Measurement:
             for t, x in zip(total, term(inputs, targets), strict=True):
                 if x is not None:
                     t.add_(x, alpha=size)
+        self._over_ranks(total)
         for t in total:
             t.div_(self.count)
         return total
@@ -196,7 +207,29 @@ class Measurement:
             sources = [_dense(x, m) for x, m in zip(xs, mean, strict=True)]
             for part in self.parts:
                 ops.curvature_(part.of(mean), part.of(sources), decay=1.0 - size / seen, source_scale=scale)
+        if self.process_group is not None:
+            for t in mean:
+                t.mul_(self.own_count)
+            self._over_ranks(mean)
+            for t in mean:
+                t.div_(self.count)
         return mean
+
+    def summed(self, *numbers: float) -> list[float]:
+        """Numbers of this rank, added up over all."""
+        if self.process_group is None:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.params[0].device)
+        torch.distributed.all_reduce(sums, group=self.process_group)
+        return sums.tolist()
+
+    def _over_ranks(self, sums: Sequence[Tensor]) -> None:
+        """Sums over the samples of this rank become, in place, those over the samples of all, and so does ``count``."""
+        if self.process_group is None:
+            return
+        for t in sums:
+            torch.distributed.all_reduce(t, group=self.process_group)
+        self.count = int(self.summed(self.own_count)[0])
 
     def zeros(self) -> list[Tensor]:
         """A list like the parameters in memory order, at least float32."""
@@ -275,6 +308,14 @@ class Measurement:
             module._buffers[key] = buffer
             if not torch.equal(buffer, saved):  # a copy would invalidate graphs that hold the buffer
                 buffer.copy_(saved)
+
+
+def shared_by(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.Module, ProcessGroup | None]:
+    """The model, and the group whose ranks share the data: a DistributedDataParallel brings its own, and is taken off,
+    as ``torch.autograd.grad`` does not work through it."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, process_group or model.process_group
+    return model, process_group
 
 
 def _dense(x: Tensor | None, like: Tensor) -> Tensor:

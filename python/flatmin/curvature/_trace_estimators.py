@@ -190,6 +190,7 @@ def _range(A: SymmetricOperator, q: Basis, probe: Probe, size: int) -> Tensor:
         if rest > 100.0 * epsilon * float(torch.linalg.vector_norm(coefficients)):
             columns[q.count, i] = rest
             q.append(y, rest)
+        del y  # a product needs memory of its own
     return columns[: q.count]
 
 

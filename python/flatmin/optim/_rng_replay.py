@@ -26,6 +26,7 @@ class RandomReplay:
         self.second_pass = False
         self._recorded: list[Generators] = []
         self._warned = False
+        self._called = self._missed = False  # by or in the second pass
         self._next = 0
         self._interrupted: Generators | None = None
         hook = _Hook(self)
@@ -34,20 +35,34 @@ class RandomReplay:
 
     def start_second_pass(self) -> None:
         self.second_pass, self._next = True, 0
-        if not self._recorded and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "same_rng: the first pass did not call the module given as model=, so its random numbers are not known "
-                "and dropout draws other masks in the second pass. Give the module that the loop calls",
-                stacklevel=5,
-            )
+        self._called = self._missed = False
+        if not self._recorded:
+            self._warn("first", "its random numbers are not known and ")
 
     def reset(self) -> None:
         """Forget the first pass: at the end of the second, and at a step without one."""
+        self._missed = self._missed or (self.second_pass and bool(self._recorded) and not self._called)
         self.second_pass = False
         self._recorded.clear()
 
+    def see_step(self) -> None:
+        """At a step: not where the second pass failed."""
+        self.reset()
+        if self._missed:
+            self._warn("second", "")
+        self._missed = False
+
+    def _warn(self, which: str, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"same_rng: the {which} pass did not call the module given as model=, so {why}dropout draws other "
+                "masks in the second pass. Give the module that the loop calls, and call it, not its forward()",
+                stacklevel=6,
+            )
+
     def before_forward(self) -> None:
+        self._called = self._called or self.second_pass
         if not (self.model.training and torch.is_grad_enabled()):
             return  # an evaluation between two steps is no pass
         if not self.second_pass:

@@ -312,7 +312,7 @@ class TwoPass(Perturbing):
             self.restore()
             self.base.step()
         if self._replay is not None:
-            self._replay.reset()
+            self._replay.see_step()
 
     def _stepping(self) -> list[Any]:
         """The buckets for one pass; none where the base's own step has to run. A step without ascent is the bare

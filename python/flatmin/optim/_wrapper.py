@@ -235,6 +235,15 @@ class Wrapper(torch.optim.Optimizer):
             kinds = f"neither {type(self).__name__!r} nor its base {type(self.base).__name__!r}"
             raise AttributeError(f"{kinds} has an attribute {name!r}") from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute that only the base has is set there, where it is read."""
+        own = name.startswith("_") or name in vars(self) or name == "base" or hasattr(type(self), name)
+        base = None if own else vars(self).get("base")
+        if base is not None and (name in vars(base) or isinstance(getattr(type(base), name, None), property)):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
 

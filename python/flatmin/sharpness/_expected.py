@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from .. import ops
 from .._checks import check_int, check_one_of, check_size, is_number
 from .._deprecated import renamed_arguments
 from ..curvature._arguments import check_neighbourhood, check_seed
-from ..curvature._measurement import NOISE, LossFn, Measurement, Part, check_tensors
+from ..curvature._measurement import NOISE, LossFn, Measurement, Part, check_tensors, shared_by
 from ..curvature._probes import ScalarEstimate, scalar_estimate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["expected_sharpness", "rises"]
 
@@ -36,6 +39,7 @@ def expected_sharpness(
     samples: int = 20,
     antithetic: bool = False,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> ScalarEstimate:
     """Expected rise of the loss under random noise on the weights, ``E_u L(w + u) - L(w)``.
@@ -57,6 +61,7 @@ def expected_sharpness(
         antithetic: each value is the mean of a pair, the rises at ``w + u`` and at ``w - u``: what is odd in u, as the
             slope of the loss, cancels (Hammersley and Morton 1956). Needs one more copy of the parameters.
         seed: of the noise.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of the data.
 
     Returns:
         ``(value, stderr, samples)``, in units of the loss; the standard error is that over the independent values.
@@ -70,7 +75,8 @@ def expected_sharpness(
     check_one_of("distribution", distribution, ("normal", "uniform", "truncated_normal", "rademacher"))
     gamma, eps = check_neighbourhood(gamma, eps)
     passes = 1 + samples * (1 + bool(antithetic))
-    with Measurement(model, loss_fn, data, params, "expected sharpness", passes, progress) as m:
+    model, process_group = shared_by(model, process_group)
+    with Measurement(model, loss_fn, data, params, "expected sharpness", passes, progress, process_group) as m:
         noise: dict[str, Any] = {"distribution": distribution, "scale": float(scale), "gamma": gamma, "eps": eps}
         if curvatures is not None:
             noise["curvatures"] = check_tensors("curvatures", curvatures, m.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_int, check_size
 from ..curvature._arguments import check_seed
-from ..curvature._measurement import LossFn, Measurement
+from ..curvature._measurement import LossFn, Measurement, shared_by
 from ._passes import DIRECTIONS, STARTS, loss_and_gradient, shift
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Keskar", "keskar"]
 
@@ -46,6 +49,7 @@ def keskar(
     iterations: int = 10,
     restarts: int = 1,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> Keskar:
     """``100 (max_{w + d in C} L - L(w)) / (1 + L(w))`` with the box ``C: |d_i| <= eps (|w_i| + 1)``, by L-BFGS-B
@@ -65,6 +69,7 @@ def keskar(
         iterations: of L-BFGS-B, >= 1; the paper has 10. Each takes one pass over the data or a few.
         restarts: searches, >= 1; the first is from ``w``, the others from random points of the box.
         seed: of the subspace and the points.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of the data.
 
     Returns:
         ``(value, loss, worst, evaluations)``; ``value`` is NaN if a loss is.
@@ -84,7 +89,9 @@ def keskar(
         optimize = importlib.import_module("scipy.optimize")
     except ImportError as error:
         raise ImportError("keskar() searches with SciPy: pip install scipy") from error
-    with Measurement(model, loss_fn, data, params, "Keskar sharpness", restarts * (iterations + 1), progress) as m:
+    model, process_group = shared_by(model, process_group)
+    passes = restarts * (iterations + 1)
+    with Measurement(model, loss_fn, data, params, "Keskar sharpness", passes, progress, process_group) as m:
         space: _Whole | _Subspace = _Whole(m, eps) if dim is None else _Subspace(m, eps, dim, seed)
         search = _Search(m, space)
         clean = search.losses[0]

@@ -10,19 +10,23 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of
+from .._distributed import agreed, is_first
 from ..curvature._arguments import check_seed
-from ..curvature._measurement import LossFn, Measurement, check_tensors, refuse_not_finite
+from ..curvature._measurement import LossFn, Measurement, check_tensors, refuse_not_finite, shared_by
 from ._directions import random_direction, spanned, towards
 from ._landscape_result import Landscape
 from ._passes import shift
 from ._running_statistics import RunningStatistics
 from ._scored import Scored
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["line", "plane"]
 
@@ -43,6 +47,7 @@ def line(
     batch_norm: str = "keep",
     path: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> Landscape:
     """Loss and accuracy at ``w + a d``.
@@ -61,14 +66,17 @@ def line(
         path: a JSON file that is written on the way and continued from if it exists; ``ValueError`` if it holds another
             landscape. The data are not compared.
         seed: of a random direction.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of the data. The
+            first rank reads and writes ``path``.
     """
     check_int("points", points, 2)
     check_seed(seed)
     if to is not None and direction is not None:
         raise ValueError("to and direction: both given; the line goes to a solution or along a direction")
     scored = Scored(loss_fn)
+    model, process_group = shared_by(model, process_group)
     passes = _passes(points, batch_norm, _stored(path))
-    with Measurement(model, scored, data, params, "landscape", passes, progress) as m:
+    with Measurement(model, scored, data, params, "landscape", passes, progress, process_group) as m:
         marks: dict[str, tuple[float, ...]] = {"weights": (0.0,)}
         if to is not None:
             d, label = towards(m, "to", to), "a, with weights w + a (w' - w)"
@@ -96,12 +104,13 @@ def plane(
     batch_norm: str = "keep",
     path: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> Landscape:
     """Loss and accuracy at ``w + a d_1 + b d_2``.
 
     Args:
-        model, loss_fn, data, params, batch_norm, path, progress: as in :func:`line`.
+        model, loss_fn, data, params, batch_norm, path, process_group, progress: as in :func:`line`.
         directions: ``d_1, d_2``, each tensors like the parameters, taken as they are: eigenvectors for instance. None:
             two random ones, :func:`filter_normalised` (Li et al. 2018, arXiv 1712.09913).
         solutions: two others, as ``to`` of :func:`line`: the plane through them and the weights, with orthonormal axes
@@ -123,8 +132,9 @@ def plane(
         if given is not None and len(given) != 2:
             raise ValueError(f"{name}: {len(given)} given; a plane takes two")
     scored = Scored(loss_fn)
+    model, process_group = shared_by(model, process_group)
     passes = _passes(counts[0] * counts[1], batch_norm, _stored(path))
-    with Measurement(model, scored, data, params, "landscape", passes, progress) as m:
+    with Measurement(model, scored, data, params, "landscape", passes, progress, process_group) as m:
         marks: dict[str, tuple[float, ...]] = {"weights": (0.0, 0.0)}
         limits: tuple[Interval, Interval] = ((-1.0, 1.0), (-1.0, 1.0))
         if solutions is not None:
@@ -173,7 +183,8 @@ def _passes(points: int, batch_norm: str, stored: Landscape | None) -> int:
 def _evaluated(m: Measurement, scored: Scored, axes: list[list[Tensor]], new: Landscape, path: Any) -> Landscape:
     """Every point of the grid that has no value yet, one pass each."""
     new.identity = _identity(m, axes)
-    found = _continued(new, path)
+    found = _continued(new, path, m.process_group)
+    written = path if is_first(m.process_group) else None
     recompute = RunningStatistics(m) if found.batch_norm == "recompute" else None
     saved = time.monotonic()
     try:
@@ -181,12 +192,12 @@ def _evaluated(m: Measurement, scored: Scored, axes: list[list[Tensor]], new: La
             if found.values[i] is not None:
                 continue
             found.values[i] = _value(m, scored, axes, at, recompute)
-            if path is not None and time.monotonic() - saved > _SAVE_EVERY:
-                found.save(path)
+            if written is not None and time.monotonic() - saved > _SAVE_EVERY:
+                found.save(written)
                 saved = time.monotonic()
     finally:
-        if path is not None:
-            found.save(path)
+        if written is not None:
+            found.save(written)
     return found
 
 
@@ -206,12 +217,29 @@ def _value(
     with m.moved(lambda part, backup: shift(part.of(m.params), part.of(offsets))):
         if recompute is None:
             loss = float(m.mean_loss())
-            return loss, scored.take()
-        loss = recompute.mean_loss(scored.take)
-        return loss, scored.take()
+            return loss, scored.take(m)
+        loss = recompute.mean_loss(scored.forget)
+        return loss, scored.take(m)
 
 
-def _continued(new: Landscape, path: Any) -> Landscape:
+def _continued(new: Landscape, path: Any, group: ProcessGroup | None) -> Landscape:
+    """What the first rank finds at ``path``, or the error that it meets there, on all of them."""
+    if group is None:
+        return _resumed(new, path)
+    found: Any = None
+    if is_first(group):
+        try:
+            found = _resumed(new, path).values
+        except Exception as error:
+            found = error
+    found = agreed(found, group)
+    if isinstance(found, Exception):
+        raise found
+    new.values = found
+    return new
+
+
+def _resumed(new: Landscape, path: Any) -> Landscape:
     stored = _stored(path)
     if stored is None:
         return new

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import check_int, check_one_of, check_size
+from .._distributed import gathered
 from ..curvature._arguments import check_seed
-from ..curvature._measurement import LossFn, Measurement
+from ..curvature._measurement import LossFn, Measurement, shared_by
 from ._ball import ADAPTIVE, Ball
 from ._passes import check_p, groups, loss_and_gradient, loss_of, replayed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["MSharpness", "m_sharpness", "mean_over_groups"]
 
@@ -48,6 +53,7 @@ def m_sharpness(
     restarts: int = 1,
     max_groups: int | None = None,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> MSharpness:
     """Mean over disjoint groups s of m samples of ``max_{||e|| <= rho} L_s(w + e) - L_s(w)`` (Foret et al. 2020, arXiv
@@ -74,6 +80,9 @@ def m_sharpness(
             last digit has no gradient to follow: there it takes ``restarts`` > 1.
         max_groups: measure the first groups only; None for all.
         seed: of the random points.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of the data. No group
+            of samples spans two ranks, so that the last one of each may be smaller; they are listed in the order of the
+            ranks, which share ``max_groups`` evenly, rounded up. With ``m=None`` all samples of all ranks are one.
 
     Returns:
         ``(value, stderr, per_group, sizes)``. A group whose loss or gradient is not finite has the value NaN or
@@ -90,22 +99,38 @@ def m_sharpness(
         if count is not None:
             check_int(name, count, 1)
     passes = 1 if m is not None else restarts * (steps + 1)
-    with Measurement(model, loss_fn, data, params, "m-sharpness", passes, progress) as meter:
+    model, process_group = shared_by(model, process_group)
+    if process_group is not None and max_groups is not None:
+        max_groups = math.ceil(max_groups / torch.distributed.get_world_size(process_group))
+    together = process_group if m is None else None  # else a rank's groups are its own until the end
+    with Measurement(model, loss_fn, data, params, "m-sharpness", passes, progress, together) as meter:
         ball = Ball(meter, float(rho), p, adaptive, eta)
         rises: list[float] = []
         sizes: list[int] = []
         if m is None:
             rises.append(_rise(meter, ball, meter.batches, steps, restarts, seed, 0))
-            sizes.append(meter.count)
+            sizes.append(int(meter.summed(meter.count)[0]))
         else:
+            before = _groups_before(meter, m, max_groups, process_group) if restarts > 1 else 0
             for pieces in groups(meter, m):
-                draw = restarts * len(rises)
+                draw = restarts * (before + len(rises))
                 rises.append(_rise(meter, ball, replayed(meter, pieces), steps, restarts, seed, draw))
                 sizes.append(sum(size for _, _, size in pieces))
                 if len(rises) == max_groups:
                     break
+            everywhere = gathered((rises, sizes), process_group)
+            rises, sizes = ([x for found in everywhere for x in found[i]] for i in range(2))
         value, stderr = mean_over_groups(rises, sizes)
         return MSharpness(value, stderr, tuple(rises), tuple(sizes))
+
+
+def _groups_before(m: Measurement, size: int, most: int | None, process_group: ProcessGroup | None) -> int:
+    """How many groups of samples the ranks before this one have: each has random points of its own."""
+    if process_group is None:
+        return 0
+    own = math.ceil(sum(count for _, _, count in m.batches()) / size)
+    counts: list[int] = gathered(own if most is None else min(own, most), process_group)
+    return sum(counts[: torch.distributed.get_rank(process_group)])
 
 
 def _rise(m: Measurement, ball: Ball, samples: Any, steps: int, restarts: int, seed: int, draw: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from ..curvature._arguments import check_neighbourhood, check_seed, check_share
 from ..curvature._diagonals import Diagonal, FoundDiagonal, check_diagonal, diagonal
 from ..curvature._lipschitz import check_lipschitz
 from ..curvature._lipschitz import lipschitz as estimate_lipschitz
-from ..curvature._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite
+from ..curvature._measurement import LossFn, Measurement, check_tensors, names_of, refuse_not_finite, shared_by
 from ..curvature._probes import Estimate, scalar_estimate
 from . import _pacgen_report as _report
 from ._expected import rises
 from ._pac_bayes import NoiseBound
 from ._pacgen_result import Layer, PACGenResult
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Layer", "PACGen", "pacgen"]
 
@@ -70,6 +73,7 @@ def pacgen(
     noise_samples: int = 10,
     delta: float = 0.05,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> PACGen:
     """The PACGen metric and bound of a trained model (Wang et al. 2018, arXiv 1809.07402).
@@ -101,6 +105,8 @@ def pacgen(
         noise_samples: draws for the expected sharpness, >= 0; each is a forward pass over the data.
         delta: the bound holds with probability 1 - delta.
         seed: of all that is random.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of the data. Not for
+            the curvature "gnb", whose labels are drawn by batch, nor for a function.
 
     Raises:
         ValueError: a curvature is not finite (the message names the parameter), or an argument cannot be used.
@@ -115,7 +121,13 @@ def pacgen(
     given = not isinstance(curvature, str) and not callable(curvature)
     if not given:
         check_diagonal("curvature", curvature)
-    with Measurement(model, loss_fn, data, params, "", progress=False) as m:
+    model, process_group = shared_by(model, process_group)
+    if process_group is not None and (curvature == "gnb" or callable(curvature)):
+        raise ValueError(
+            f"curvature: {_name(curvature)} is that of one rank's data; with a process_group give 'hutchinson', "
+            "'squared_gradient', 'exact', or tensors that are the same on all ranks"
+        )
+    with Measurement(model, loss_fn, data, params, "", progress=False, process_group=process_group) as m:
         names = names_of(model, m.params)
         found = _curvature(m, curvature, curvature_samples, method, seed, progress)
         estimate = found.estimate
@@ -196,7 +208,11 @@ def _curvature(
 def _source(curvature: Any, estimate: Estimate) -> str:
     if isinstance(curvature, str):
         return f"{curvature}, {estimate.samples} samples" if estimate.samples else curvature
-    return getattr(curvature, "__name__", type(curvature).__name__) if callable(curvature) else "given"
+    return _name(curvature) if callable(curvature) else "given"
+
+
+def _name(curvature: Any) -> str:
+    return repr(curvature) if isinstance(curvature, str) else getattr(curvature, "__name__", type(curvature).__name__)
 
 
 def _scaled(rho: float | list[Tensor], factor: float) -> float | list[Tensor]:

@@ -84,7 +84,8 @@ def loss_of(m: Measurement, samples: Iterator[tuple[Any, Any, int]]) -> float:
         count += size
     for loss, size in losses:  # read at the end only: no batch waits for the host
         total += size * float(loss)
-    return total / count
+    total, seen = m.summed(total, count)
+    return total / seen
 
 
 def loss_and_gradient(m: Measurement, samples: Iterator[tuple[Any, Any, int]]) -> tuple[float, list[Tensor]]:
@@ -101,9 +102,12 @@ def loss_and_gradient(m: Measurement, samples: Iterator[tuple[Any, Any, int]]) -
         losses.append((loss.detach(), size))
         count += size
         del loss
+    total, seen = m.summed(sum(size * float(loss) for loss, size in losses), count)
     for t in gradient:
-        t.div_(count)
-    return sum(size * float(loss) for loss, size in losses) / count, gradient
+        if m.process_group is not None:
+            torch.distributed.all_reduce(t, group=m.process_group)
+        t.div_(seen)
+    return total / seen, gradient
 
 
 @torch.no_grad()

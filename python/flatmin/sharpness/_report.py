@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_int, check_size, is_number
+from .._distributed import agreed, gathered
 from ..curvature._arguments import check_seed
 from ..curvature._batches import Batches
 from ..curvature._hvp import check_method, hvp
-from ..curvature._measurement import LossFn, Measurement
+from ..curvature._measurement import LossFn, Measurement, shared_by
 from ._ball import ADAPTIVE
 from ._expected import expected_sharpness
 from ._m_sharpness import MSharpness, m_sharpness
@@ -26,6 +27,9 @@ from ._report_result import Report
 from ._report_rows import Row, m_key
 from ._scored import Scored
 from ._spectrum import spectrum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["report"]
 
@@ -50,6 +54,7 @@ def report(
     method: str = "autograd",
     delta: float = 0.05,
     seed: int = 0,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Everything that flatmin measures at a minimum: fit, norms, spectrum of the Hessian, sharpness, PACGen.
@@ -83,6 +88,9 @@ def report(
         gamma, eps, delta: of :func:`flatmin.pacgen`.
         method: of Hessian-vector products, "autograd" or "finite_difference".
         seed: of all that is random.
+        process_group: as in :func:`flatmin.curvature.linear_operator`: each rank brings its share of ``train`` and
+            ``test``, and all get the same report. Numbers of samples are those of all ranks, of which each measures the
+            first of its own in proportion.
 
     Returns:
         :class:`Report`.
@@ -98,23 +106,28 @@ def report(
         raise TypeError(f"like: a {type(like).__name__} given; give what report() returned")
     _check(budget_s, m, adaptive, seed, rho=rho, scale=scale, relative_scale=relative_scale)
     check_method(method, None)
+    model, group = shared_by(model, process_group)
     common: dict[str, Any] = {"params": None if params is None else list(params), "progress": progress}
-    rows, total = _fit(model, loss_fn, train, test, common)
+    common["process_group"] = group
+    rows, total, total_of_rank = _fit(model, loss_fn, train, test, common)
     weights, size = _weights(model, loss_fn, train, common)
     rows += weights
     plan, data, samples = FULL._replace(**{k: n for k, n in wanted.items() if k != "samples"}), train, total
     if budget_s is not None or like is not None or "samples" in wanted:
         with Measurement(model, loss_fn, train, common["params"], "", progress=False) as measured:
             if budget_s is not None:
-                product = _product_time(measured, method)
-                plan, samples = planned(budget_s - (time.monotonic() - began), product, total)
+                product = _product_time(measured, method) * total_of_rank / total
+                left = budget_s - (time.monotonic() - began)
+                plan, samples = agreed(planned(left, product, total), group)
             elif like is not None:
                 plan, samples = like.plan, min(like.samples, total)
             else:
                 samples = min(wanted["samples"], total)
             if samples < total:
-                data = _first(measured, samples)
-    found = spectrum(model, loss_fn, data, common["params"], plan, method, seed, progress)
+                own = max(1, round(samples * total_of_rank / total))
+                data = _first(measured, own)
+                samples = sum(gathered(own, group))
+    found = spectrum(model, loss_fn, data, plan, method, seed, common)
     rows += found.rows
     sharp, more = _m_sharpness(
         model, loss_fn, data, m, rho, adaptive, plan, samples, like, groups_at_most, seed, common
@@ -160,16 +173,18 @@ def _check(budget_s: Any, m: Any, adaptive: Any, seed: Any, **sizes: Any) -> Non
     check_seed(seed)
 
 
-def _fit(model: nn.Module, loss_fn: LossFn, train: Any, test: Any, common: dict[str, Any]) -> tuple[list[Row], int]:
-    """Losses and accuracies of both sets, their gaps, and the number of training samples."""
-    rows, found, total = [], {}, 0
+def _fit(
+    model: nn.Module, loss_fn: LossFn, train: Any, test: Any, common: dict[str, Any]
+) -> tuple[list[Row], int, int]:
+    """Losses and accuracies of both sets, their gaps, and the number of training samples, on all ranks and on this."""
+    rows, found, counts = [], {}, (0, 0)
     for name, data in (("train", train), ("test", test)):
         if data is None:
             continue
         scored = Scored(loss_fn)
-        with Measurement(model, scored, data, common["params"], f"{name} loss", 1, common["progress"]) as m:
-            found[name] = float(m.mean_loss()), scored.take()
-            total = total or m.count
+        with _measured(model, scored, data, f"{name} loss", common) as m:
+            found[name] = float(m.mean_loss()), scored.take(m)
+            counts = counts if name == "test" else (m.count, m.own_count)
         loss, accuracy = found[name]
         rows.append(Row(f"{name}_loss", f"{name} loss", loss, None, "loss"))
         if accuracy is not None:
@@ -179,11 +194,15 @@ def _fit(model: nn.Module, loss_fn: LossFn, train: Any, test: Any, common: dict[
         rows.append(Row("loss_gap", "gap: test - train loss", test_loss - loss, None, "loss"))
         if accuracy is not None and test_accuracy is not None:
             rows.append(Row("accuracy_gap", "gap: train - test accuracy", accuracy - test_accuracy, None, ""))
-    return rows, total
+    return rows, *counts
+
+
+def _measured(model: nn.Module, loss_fn: LossFn, data: Any, name: str, common: dict[str, Any]) -> Measurement:
+    return Measurement(model, loss_fn, data, common["params"], name, 1, common["progress"], common["process_group"])
 
 
 def _weights(model: nn.Module, loss_fn: LossFn, train: Any, common: dict[str, Any]) -> tuple[list[Row], int]:
-    with Measurement(model, loss_fn, train, common["params"], "gradient", 1, common["progress"]) as m:
+    with _measured(model, loss_fn, train, "gradient", common) as m:
         _, gradient = loss_and_gradient(m, m.batches())
         rows = [
             Row("weight_norm", "norm of the weights", m.norm(m.params), None, "weight"),
@@ -248,7 +267,7 @@ def _m_sharpness(
                 if not math.isinf(plan.seconds_for_groups):
                     start = time.monotonic()
                     m_sharpness(model, loss_fn, data, rho, m, max_groups=2, **options)
-                    seconds = 0.5 * (time.monotonic() - start)
+                    seconds = agreed(0.5 * (time.monotonic() - start), common["process_group"])
                 options["max_groups"] = groups_within(plan.seconds_for_groups / len(wanted), seconds)
         found[m] = s = m_sharpness(model, loss_fn, data, rho, m, **options)
         size = f"{samples}, all" if m is None else str(m)

@@ -41,7 +41,8 @@ class RunningStatistics:
                     self._fill(statistics)
                     started = True
                 total += size * float(self.m.loss(inputs, targets))
-            return total / self.m.count
+            total, seen = self.m.summed(total, self.m.own_count)
+            return total / seen
         finally:
             for layer, (training, momentum) in zip(self.layers, modes, strict=True):
                 layer.training, layer.momentum = training, momentum
@@ -53,7 +54,12 @@ class RunningStatistics:
             for layer in self.layers:
                 layer.training, layer.momentum = True, size / seen
             self.m.loss(inputs, targets)
-        return [[b.clone() for b in layer.buffers(recurse=False)] for layer in self.layers]
+        found = [[b.clone() for b in layer.buffers(recurse=False)] for layer in self.layers]
+        if self.m.process_group is not None:
+            share = seen / self.m.summed(seen)[0]
+            for b in (b for buffers in found for b in buffers if b.is_floating_point()):
+                torch.distributed.all_reduce(b.mul_(share), group=self.m.process_group)
+        return found
 
     def _fill(self, statistics: list[list[torch.Tensor]]) -> None:
         for layer, values in zip(self.layers, statistics, strict=True):

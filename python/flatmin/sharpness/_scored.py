@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature._measurement import LossFn
+from ..curvature._measurement import LossFn, Measurement
 
 __all__ = ["Scored"]
 
@@ -34,13 +34,15 @@ class Scored:
             self.known = False
         return self.loss_fn(outputs, targets)
 
-    def take(self) -> float | None:
-        """The accuracy since the last call, in [0, 1]."""
-        right, total = self._right, self._total
+    def take(self, m: Measurement) -> float | None:
+        """The accuracy since the last call, in [0, 1], over the ranks of the measurement."""
+        right, total, unknown = m.summed(sum(map(int, self._right)), self._total, not self.known)
+        self.forget()
+        return None if unknown or not total else right / total
+
+    def forget(self) -> None:
+        """Start anew."""
         self._right, self._total = [], 0
-        if not self.known or not total:
-            return None
-        return sum(map(int, right)) / total
 
 
 def _are_classes(outputs: Any, targets: Any) -> bool:

@@ -26,13 +26,13 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(
-    model: nn.Module, loss_fn: LossFn, data: Any, params: Any, plan: Plan, method: str, seed: int, progress: bool | None
+    model: nn.Module, loss_fn: LossFn, data: Any, plan: Plan, method: str, seed: int, common: dict[str, Any]
 ) -> Spectrum:
     """Five eigenvalues, the density, and the trace from the density's probes."""
-    options: dict[str, Any] = {"params": params, "method": method, "seed": seed, "progress": progress}
+    options: dict[str, Any] = common | {"method": method, "seed": seed}
     with warnings.catch_warnings():  # a report says in its rows what has not converged
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"flatmin\.")
-        size = sum(p.numel() for p in params or model.parameters() if p.requires_grad)
+        size = sum(p.numel() for p in common["params"] or model.parameters() if p.requires_grad)
         top = eigenvalues(model, loss_fn, data, k=min(5, size), max_products=plan.products, **options)
     density = spectral_density(model, loss_fn, data, probes=plan.probes, steps=plan.steps, **options)
     done = all(top.converged)
