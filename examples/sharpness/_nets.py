@@ -186,7 +186,8 @@ def train(run: Run, log: Log, data: Data, measure: Callable[[nn.Module], dict[st
 
 
 def size_flags(parser: argparse.ArgumentParser, default: Any, meanings: dict[str, str]) -> None:
-    """A flag for each number of ``default``, a NamedTuple of sizes."""
+    """``--full``, and a flag for each number of ``default``, a NamedTuple of sizes."""
+    parser.add_argument("--full", action="store_true", help="larger; what other flags say still counts")
     for name, meaning in meanings.items():
         value = getattr(default, name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -195,16 +196,16 @@ def size_flags(parser: argparse.ArgumentParser, default: Any, meanings: dict[str
             f"--{name}",
             type=float if real else positive_int,
             nargs="+" if isinstance(value, tuple) else None,
-            default=value,
             metavar="X" if real else "N",
             help=f"{meaning} ({shown})",
         )
 
 
-def size_of(args: argparse.Namespace, default: Any) -> Any:
-    """What :func:`size_flags` has read, of the type of ``default``."""
-    given = {name: getattr(args, name) for name in default._fields}
-    return type(default)(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+def size_of(args: argparse.Namespace, default: Any, full: Any) -> Any:
+    """``default``, or ``full`` with ``--full``, with the numbers that the flags of :func:`size_flags` gave."""
+    given = {name: getattr(args, name) for name in default._fields if getattr(args, name) is not None}
+    size = full if args.full else default
+    return size._replace(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
 
 
 def cifar_flags(parser: argparse.ArgumentParser) -> None:

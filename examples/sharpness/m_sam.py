@@ -58,19 +58,22 @@ TARGETS = {"gap": "gap: test - training loss", "test_error": "test error"}
 class Size(NamedTuple):
     """How much is trained and measured."""
 
-    seeds: int = 5
-    epochs: int = 40
+    seeds: int = 3
+    epochs: int = 20
     train: int = 2000
     test: int = 2000
-    measured: int = 1000
+    measured: int = 500
     batch: int = 100
     lr: float = 0.05
     momentum: float = 0.9
-    m: tuple[int, ...] = (1, 4, 20, 100)
+    m: tuple[int, ...] = (4, 20, 100)
     rho: tuple[float, ...] = (0.05, 0.1)
-    sizes: tuple[int, ...] = (1, 4, 20, 100, 1000)
+    sizes: tuple[int, ...] = (1, 4, 20, 100, 500)
     radius: float = 0.05
-    groups: int = 200
+    groups: int = 100
+
+
+FULL = Size(seeds=5, epochs=40, measured=1000, m=(1, 4, 20, 100), sizes=(1, 4, 20, 100, 1000), groups=200)
 
 
 class Trainer:
@@ -296,7 +299,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         },
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     if not all(rho > 0.0 for rho in args.size.rho):
         parser.error("argument --rho: every radius must be > 0; SGD is run anyway")
     for m in args.size.m:

@@ -77,17 +77,20 @@ class Size(NamedTuple):
     batches: tuple[int, ...] = (32, 64, 128, 256, 512)
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15, 0.2)
     seeds: int = 3
-    epochs: int = 25
-    train: int = 3000
+    epochs: int = 15
+    train: int = 1500
     test: int = 2000
-    samples: int = 200
-    products: int = 60
+    samples: int = 100
+    products: int = 40
     probes: int = 2
-    steps: int = 20
-    pairs: int = 5
-    curvature_samples: int = 5
+    steps: int = 15
+    pairs: int = 4
+    curvature_samples: int = 4
     noise_samples: int = 3
     groups: int = 64
+
+
+FULL = Size(epochs=25, train=3000, samples=200, products=60, steps=20, pairs=5, curvature_samples=5)
 
 
 AMOUNTS = ("samples", "products", "probes", "steps", "pairs", "curvature_samples", "noise_samples", "groups")
@@ -269,7 +272,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         },
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     largest = max(m for m in M if m is not None)
     if args.size.samples < largest:
         parser.error(

@@ -66,16 +66,19 @@ class Size(NamedTuple):
     """How much is trained and measured."""
 
     seeds: int = 5
-    epochs: int = 60
-    train: int = 5000
+    epochs: int = 30
+    train: int = 2000
     test: int = 2000
-    measured: int = 1000
+    measured: int = 250
     batch: int = 100
     lr: float = 0.05
     momentum: float = 0.9
     rho: float = 0.1
-    probes: int = 4
-    steps: int = 40
+    probes: int = 2
+    steps: int = 25
+
+
+FULL = Size(epochs=60, train=5000, measured=1000, probes=4, steps=40)
 
 
 class Trainer:
@@ -295,7 +298,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         },
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     if args.size.epochs < 2:
         parser.error(f"argument --epochs: {args.size.epochs} given; start, middle and end need at least 2")
     if not args.size.rho > 0.0:

@@ -252,3 +252,12 @@ def test_sizes_that_the_data_do_not_have(cifar: Path, tmp_path: Path) -> None:
         args: argparse.Namespace = script.parse_args(["--out", str(tmp_path), "--data", str(cifar), *tiny, *flags])
         with pytest.raises(_nets.UsageError, match=said):
             script.run(args)
+
+
+@pytest.mark.parametrize("script", [spectra, m_sam, ranking])
+def test_full_is_larger_and_flags_count_all_the_same(script: ModuleType) -> None:
+    default, full = (script.parse_args(flags).size for flags in ([], ["--full"]))
+    assert default == script.Size() and full == script.FULL
+    assert full.epochs > default.epochs and full.train >= default.train and full.seeds >= default.seeds
+    assert script.parse_args(["--full", "--epochs", "7"]).size == script.FULL._replace(epochs=7)
+    assert script.parse_args(["--epochs", "7"]).size == default._replace(epochs=7)
