@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "pacgen"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _figures import INK, MaxNLocator, figure, save, shades, styled
-from _intervals import mean_interval
-from _runs import Log, Run, main, one_thread, positive_int, read_json, seed_of, write_json
-from _tasks import UsageError
+from _common.errors import UsageError
+from _common.figures import INK, MaxNLocator, figure, save, shades, styled
+from _common.intervals import mean_interval
+from _common.runs import Log, Run, main, one_thread, positive_int, read_json, seed_of, write_json
 
 __all__ = [
     "INK",

@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "pacgen"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _figures import INK, MaxNLocator, band, figure, save, shades, styled
-from _intervals import Interval, mean_interval
-from _runs import Log, Run, common_flags, main, one_thread, perform, positive_int, read_json, seed_of, write_json
-from _tasks import MOMENTS, UsageError, shuffled_images
+from _common.errors import UsageError
+from _common.figures import INK, MaxNLocator, band, figure, save, shades, styled
+from _common.images import MOMENTS, shuffled_images
+from _common.intervals import Interval, mean_interval
+from _common.runs import Log, Run, common_flags, main, one_thread, perform, positive_int, read_json, seed_of, write_json
 
 __all__ = [
     "INK",

@@ -95,7 +95,7 @@ def share(hits: Tensor) -> float:
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where data and finished runs lie."""
+    """What :func:`_common.runs.perform` calls in each process: it knows where data and finished runs lie."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.folder, self.source = folder, source

@@ -16,19 +16,35 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
-from _figures import INK, band, figure, in_figure, save, styled
-from _intervals import Array, Interval, mean_interval
-from _runs import Log, Run, common_flags, main, perform, positive_int, read_json, seed_of, training_flags, write_json
-from _tasks import TITLES, Batches, Net, UsageError, evaluate, shuffled_images, train_epoch
+from _network import Net, evaluate, train_epoch
 
 import flatmin
+from _common.errors import UsageError
+from _common.figures import INK, band, figure, in_figure, save, styled
+from _common.images import TITLES, Batches, shuffled_images
+from _common.intervals import Array, Interval, mean_interval
+from _common.runs import (
+    Log,
+    Run,
+    common_flags,
+    main,
+    perform,
+    positive_int,
+    read_json,
+    seed_of,
+    training_flags,
+    write_json,
+)
 
 METHODS = {
     "plain": "plain optimizer",
@@ -107,7 +123,7 @@ class Noise:
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+    """What :func:`_common.runs.perform` calls in each process: a function that knows where the data lie."""
 
     def __init__(self, sources: dict[str, str], cache: str, device: str) -> None:
         self.sources, self.cache, self.device = sources, cache, device

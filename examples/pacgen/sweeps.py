@@ -16,18 +16,35 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
-from _figures import INK, MaxNLocator, band, figure, frame_lines, in_figure, save, shades, styled
-from _intervals import Array, Interval, Resamples, at_level, common_levels
 from _measures import MEASURES, measure
-from _runs import Log, Run, common_flags, main, perform, positive_int, read_json, seed_of, training_flags, write_json
-from _tasks import TITLES, Batches, Images, Net, UsageError, evaluate, shuffled_images, train_epoch
+from _network import Net, evaluate, train_epoch
+
+from _common.errors import UsageError
+from _common.figures import INK, MaxNLocator, band, figure, frame_lines, in_figure, save, shades, styled
+from _common.images import TITLES, Batches, Images, shuffled_images
+from _common.intervals import Array, Interval, Resamples, at_level, common_levels
+from _common.runs import (
+    Log,
+    Run,
+    common_flags,
+    main,
+    perform,
+    positive_int,
+    read_json,
+    seed_of,
+    training_flags,
+    write_json,
+)
 
 RATE, BATCH, MOMENTUM = 0.1, 256, 0.5  # what the sweep over the other one holds fixed
 LEVELS = 6  # training losses at which settings are compared
@@ -109,7 +126,7 @@ SWEEPS = {sweep.name: sweep for sweep in (Sweep(t, v) for t in ("mnist", "cifar1
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+    """What :func:`_common.runs.perform` calls in each process: a function that knows where the data lie."""
 
     def __init__(self, sources: dict[str, str], cache: str, device: str) -> None:
         self.sources, self.cache, self.device = sources, cache, device

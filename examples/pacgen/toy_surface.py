@@ -22,16 +22,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _figures import figure, save, styled
-from _intervals import share_interval
-from _runs import common_flags, main, one_thread, positive_int, read_json, seed_of, write_json
-from _tasks import UsageError
 from torch import Tensor
 from tqdm import tqdm
 
+from _common.errors import UsageError
+from _common.figures import figure, save, styled
+from _common.intervals import share_interval
+from _common.runs import common_flags, main, one_thread, positive_int, read_json, seed_of, write_json
 from flatmin import ops
 
 GAMMA = EPS = 0.1

@@ -20,11 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pacgen"))
 
-from _figures import INK, figure, save, shades, styled
-from _intervals import Array, Interval, Resamples, mean_interval
-from _runs import (
+from _network import Net, evaluate
+
+import flatmin
+from _common.errors import UsageError
+from _common.figures import INK, figure, save, shades, styled
+from _common.images import MOMENTS, TITLES, Batches, Images, shuffled_images
+from _common.intervals import Array, Interval, Resamples, mean_interval
+from _common.runs import (
     Log,
     Run,
     common_flags,
@@ -36,9 +42,6 @@ from _runs import (
     training_flags,
     write_json,
 )
-from _tasks import MOMENTS, TITLES, Batches, Images, Net, UsageError, evaluate, shuffled_images
-
-import flatmin
 
 __all__ = [
     "INK",

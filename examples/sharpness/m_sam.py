@@ -77,7 +77,7 @@ FULL = Size(seeds=5, epochs=40, measured=1000, m=(1, 4, 20, 100), sizes=(1, 4, 2
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+    """What :func:`_common.runs.perform` calls in each process: a function that knows where the data lie."""
 
     def __init__(self, source: str, cache: str, device: str) -> None:
         self.source, self.cache, self.device = source, cache, device

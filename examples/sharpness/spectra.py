@@ -82,7 +82,7 @@ FULL = Size(epochs=60, train=5000, measured=1000, probes=4, steps=40)
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+    """What :func:`_common.runs.perform` calls in each process: a function that knows where the data lie."""
 
     def __init__(self, source: str, cache: str, device: str) -> None:
         self.source, self.cache, self.device = source, cache, device

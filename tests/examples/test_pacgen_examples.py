@@ -24,8 +24,8 @@ from pacgen_examples import (
     TINY_SWEEP,
     Stop,
     _measures,
+    _network,
     _runs,
-    _tasks,
     assert_picture,
     perturbed_opt,
     sweeps,
@@ -125,7 +125,7 @@ def test_sweep_goes_on_after_an_exception(
             trained.append("interrupted")
             raise Stop
         trained.append("epoch")
-        return _tasks.train_epoch(*args)
+        return _network.train_epoch(*args)
 
     monkeypatch.setattr(sweeps, "train_epoch", interrupted)
     for _ in range(2):
@@ -285,13 +285,13 @@ def test_study_goes_on_after_an_exception(
             frame = sys._getframe(1).f_locals
             if frame["s"]["method"] == stop and frame["epoch"] == 2:
                 raise Stop
-            return _tasks.train_epoch(model, batches, optimizer, watch)
+            return _network.train_epoch(model, batches, optimizer, watch)
 
         monkeypatch.setattr(perturbed_opt, "train_epoch", interrupted)
         with pytest.raises(Stop):
             study(tmp_path, mnist)
         assert len(list((tmp_path / "runs").glob(f"*-{stop}-*.pt"))) == 1
-    monkeypatch.setattr(perturbed_opt, "train_epoch", _tasks.train_epoch)
+    monkeypatch.setattr(perturbed_opt, "train_epoch", _network.train_epoch)
     study(tmp_path, mnist)
     assert_same_runs(studied, tmp_path)
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _tasks import UsageError
 from tqdm import tqdm
+
+from .errors import UsageError
 
 
 class Run(NamedTuple):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _intervals import Array, mean_interval
-from _tasks import UsageError
+
+from .errors import UsageError
+from .intervals import Array, mean_interval
 
 try:
     import matplotlib
