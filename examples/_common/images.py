@@ -7,9 +7,10 @@ MNIST is read by examples/mnist_data.py. CIFAR-10 is read from an archive or a f
 
 from __future__ import annotations
 
+import argparse
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 import mnist_data
 
 from .errors import UsageError
+from .files import in_one_step
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Mean and standard deviation of the training pixels, scaled to [0, 1], of each channel.
@@ -43,6 +45,12 @@ class Images(NamedTuple):
         return Images(self.pixels[start : start + count], self.labels[start : start + count])
 
 
+def normalised(task: str, pixels: Tensor) -> Tensor:
+    """Bytes [N, channels, height, width] as floats; over the training set each channel has mean 0 and deviation 1."""
+    mean, std = (torch.tensor(m, device=pixels.device).view(1, -1, 1, 1) for m in MOMENTS[task])
+    return (pixels / 255 - mean) / std
+
+
 class Batches:
     """Normalised batches ``(x, y)`` of images that lie on the device as bytes.
 
@@ -50,9 +58,7 @@ class Batches:
     """
 
     def __init__(self, task: str, images: Images, size: int, order: Tensor | None = None) -> None:
-        self.images, self.size, self.order = images, size, order
-        shape = (1, -1, 1, 1)
-        self._mean, self._std = (torch.tensor(m, device=images.pixels.device).view(shape) for m in MOMENTS[task])
+        self.task, self.images, self.size, self.order = task, images, size, order
 
     def __len__(self) -> int:
         return -(-len(self.images.labels) // self.size)
@@ -60,7 +66,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self.images.labels)) if self.order is None else self.order
         for index in order.to(self.images.labels.device).split(self.size):
-            yield (self.images.pixels[index] / 255 - self._mean) / self._std, self.images.labels[index]
+            yield normalised(self.task, self.images.pixels[index]), self.images.labels[index]
 
 
 def shuffled(images: Images, seed: int) -> Images:
@@ -93,10 +99,8 @@ def load(task: str, source: Path | None, cache: Path) -> tuple[Images, Images]:
         if found["stamp"] == stamp:
             return Images(*found["train"]), Images(*found["test"])
     train, test = _read_images(source)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    torch.save({"stamp": stamp, "train": tuple(train), "test": tuple(test)}, partial)
-    partial.replace(kept)
+    with in_one_step(kept) as partial:
+        torch.save({"stamp": stamp, "train": tuple(train), "test": tuple(test)}, partial)
     return train, test
 
 
@@ -106,6 +110,28 @@ def shuffled_images(task: str, source: str, cache: str, device: str, seed: int) 
     parts = load(task, Path(source) if source else None, Path(cache))
     train, test = (shuffled(part, seed) for part in parts)
     return Images(*(t.to(device) for t in train)), Images(*(t.to(device) for t in test))
+
+
+class Source(NamedTuple):
+    """Where the images lie and where they go: what the processes that train are told.
+
+    ``paths`` are those of :func:`load`, by task; "" stands for None.
+    """
+
+    paths: dict[str, str]
+    cache: str
+    device: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, tasks: Iterable[str]) -> Source:
+        """As the flags say."""
+        given = {task: getattr(args, task) for task in tasks}
+        paths = {task: str(path) if path else "" for task, path in given.items()}
+        return cls(paths, str(args.out / "cache"), args.device)
+
+    def images(self, task: str) -> tuple[Images, Images]:
+        """Training and test images of a task, in an order of their own that is the same for every run."""
+        return shuffled_images(task, self.paths[task], self.cache, self.device, 0)
 
 
 def _load_mnist(folder: Path | None) -> tuple[Images, Images]:

@@ -26,11 +26,12 @@ import flatmin
 from pacgen_examples import (
     TINY_SWEEP,
     Stop,
+    UsageError,
+    _files,
     _images,
     _intervals,
     _measures,
     _network,
-    _runs,
     sweeps,
     write_classes,
     write_mnist,
@@ -198,7 +199,7 @@ def test_json_has_null_for_what_is_not_finite_and_is_replaced_in_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "new" / "run.json"
-    _runs.write_json(path, {"a": [1.0, math.nan, math.inf], "b": (2, "x")})
+    _files.write_json(path, {"a": [1.0, math.nan, math.inf], "b": (2, "x")})
     assert json.loads(path.read_text()) == {"a": [1.0, None, None], "b": [2, "x"]}
 
     def killed(*_: Any) -> None:
@@ -206,7 +207,7 @@ def test_json_has_null_for_what_is_not_finite_and_is_replaced_in_one_step(
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(Stop):
-        _runs.write_json(path, {"a": []})
+        _files.write_json(path, {"a": []})
     assert json.loads(path.read_text())["b"] == [2, "x"]
 
 
@@ -306,7 +307,7 @@ def test_bad_images_are_named(
     damage: Callable[[Path], Path],
     message: str,
 ) -> None:
-    with pytest.raises(_runs.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         _images.load("cifar10", damage(images[0]), tmp_path / "cache")
 
 

@@ -20,14 +20,20 @@ import perturbed_opt  # noqa: E402
 import sweeps  # noqa: E402
 import toy_surface  # noqa: E402
 
+from _common import files as _files  # noqa: E402
+from _common import flags as _flags  # noqa: E402
 from _common import images as _images  # noqa: E402
 from _common import intervals as _intervals  # noqa: E402
 from _common import runs as _runs  # noqa: E402
+from _common.errors import UsageError  # noqa: E402
 
 __all__ = [
     "SCRIPTS",
     "TINY_SWEEP",
     "Stop",
+    "UsageError",
+    "_files",
+    "_flags",
     "_images",
     "_intervals",
     "_measures",
