@@ -14,7 +14,6 @@ that is stopped goes on where it was when the same command is given again, to th
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from _common.files import read_json, write_json
+from _common.flags import main, positive_int
+from _common.intervals import mean_of
+from _common.runs import Log, Run
 from finetune import data as datasets
 from finetune import figures, models
 from finetune.place import Place, close_place, open_place
 from finetune.probe import linear_probe, outputs
-from finetune.shared import Log, Run, main, mean_interval, positive_int, read_json, write_json
 from finetune.training import TYPES, accuracies, fit, given_labels, make_noise
 
 METHODS = {"sgd": "plain", "sam": "SAM", "popt": "PerturbedOPT", "smooth": "label smoothing"}
@@ -196,9 +198,7 @@ def probe(args: argparse.Namespace, runs: Sequence[Run], found: datasets.Data, p
 
 def interval(values: Sequence[float], digits: int = 1) -> str:
     """Mean with its 95 % interval, of two seeds or more."""
-    mean, low, high = mean_interval(np.array(values, float))
-    text = f"{float(mean):.{digits}f}"
-    return text if math.isnan(low) else f"{text} [{float(low):.{digits}f}, {float(high):.{digits}f}]"
+    return f"{mean_of(values):.{digits}f}"
 
 
 def table(results: Mapping[str, Sequence[dict[str, Any]]], probes: Sequence[dict[str, Any]]) -> list[str]:

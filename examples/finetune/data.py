@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .shared import UsageError, seed_of
+from _common.errors import UsageError
+from _common.runs import seed_of
 
 try:
     import numpy as np

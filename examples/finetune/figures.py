@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .shared import INK, MaxNLocator, figure, mean_interval, save, styled
+from _common.figures import INK, MaxNLocator, figure, save, styled
+from _common.intervals import mean_interval
 
 COLORS = ("#1f77b4", "#d1495b", "#2e933c", "#8a5fbf", "#e08e0b")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .shared import UsageError
+from _common.errors import UsageError
 
 LITE0 = "tf_efficientnet_lite0"
 #: How many blocks each stage of EfficientNet-Lite0 has (Tan and Le 2019, table 1; the lite models repeat it).

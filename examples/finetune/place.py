@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .shared import UsageError
+from _common.errors import UsageError
 
 
 class Place(NamedTuple):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from _common.errors import UsageError
+
 from .data import Part, View, loader
 from .models import moments
 from .place import Place
-from .shared import UsageError
 
 #: Inverse strengths of the L2 penalty, of which a held-out fifth of the training images chooses one.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)

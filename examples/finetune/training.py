@@ -19,13 +19,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import flatmin
+from _common.errors import UsageError
+from _common.files import in_one_step
+from _common.runs import Log, Run, seed_of
 from flatmin import curvature, sharpness
 
 from . import models
 from .data import Data, View, loader
 from .place import Place
 from .probe import outputs
-from .shared import Log, Run, UsageError, seed_of
 
 SOFT = ("smooth", "gaussian")  #: kinds of noise that make soft targets, anew for every batch
 TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -362,10 +364,8 @@ def fit(run: Run, log: Log, data: Data, place: Place, title: str) -> dict[str, A
         measured = min(learner.s.sharpness_images, len(learner.labels)) >= 32  # two groups of 16
         result["sharpness"] = learner.sharpness() if measured else None
         weights = {k: v.cpu() for k, v in learner.result.state_dict().items()}
-        partial = log.result_path.with_suffix(".weights.pt.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, partial)
-        partial.replace(partial.with_suffix(""))
+        with in_one_step(log.result_path.with_suffix(".weights.pt")) as partial:
+            torch.save(weights, partial)
     return result
 
 

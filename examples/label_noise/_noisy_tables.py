@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _shared import INK, Interval, MaxNLocator, UsageError, band, figure, mean_interval, save, styled
+
+from _common.errors import UsageError
+from _common.figures import INK, MaxNLocator, band, figure, save, styled
+from _common.intervals import Interval, mean_of
 
 LABELS = {
     "sgd": "SGD",
@@ -42,12 +45,12 @@ class Table(NamedTuple):
         return {seed: math.nan if r[key] is None else float(r[key]) for seed, r in found.items()}
 
     def interval(self, noise: float, method: str, key: str) -> Interval:
-        return _interval(list(self.values(noise, method, key).values()))
+        return mean_of(list(self.values(noise, method, key).values()))
 
     def ahead(self, noise: float, method: str, key: str) -> Interval:
         """By how much ``method`` is above SGD, seed by seed: a paired difference."""
         mine, sgd = self.values(noise, method, key), self.values(noise, "sgd", key)
-        return _interval([mine[seed] - sgd[seed] for seed in mine if seed in sgd])
+        return mean_of([mine[seed] - sgd[seed] for seed in mine if seed in sgd])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,12 +65,6 @@ class Table(NamedTuple):
             }
             for key in VALUES
         }
-
-
-def _interval(values: Sequence[float]) -> Interval:
-    if not values:
-        return Interval(math.nan, math.nan, math.nan)
-    return Interval(*(float(v) for v in mean_interval(np.array(values))))
 
 
 def tabulate(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> Table:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _shared import MOMENTS
 from torch import Tensor, nn
 
 import flatmin
+from _common import images
 
 CLASSES = 10
 
@@ -67,8 +67,7 @@ def normalised(pixels: Tensor, shrink: int) -> Tensor:
 
     Squares of ``shrink`` x ``shrink`` pixels become one, their mean.
     """
-    mean, std = (torch.tensor(m, device=pixels.device).view(1, -1, 1, 1) for m in MOMENTS["cifar10"])
-    x = F.avg_pool2d((pixels / 255 - mean) / std, shrink)
+    x = F.avg_pool2d(images.normalised("cifar10", pixels), shrink)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -17,42 +17,26 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from _noisy_tables import plot_curves, plot_summary, report, tabulate
-from _noisy_training import (
-    CLASSES,
-    Mixup,
-    ResNet,
-    batches,
-    cosine,
-    make_optimizer,
-    normalised,
-    predict,
-    train_epoch,
-)
-from _shared import (
-    Log,
-    Run,
-    UsageError,
-    common_flags,
-    main,
-    perform,
-    positive_int,
-    read_json,
-    seed_of,
-    shuffled_images,
-    write_json,
-)
+from _noisy_training import CLASSES, Mixup, ResNet, batches, cosine, make_optimizer, normalised, predict, train_epoch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import flatmin
+from _common.errors import UsageError
+from _common.files import read_json, write_summary
+from _common.flags import cifar10_flag, common_flags, main, positive_int, size_flags, size_of, training_flags
+from _common.images import Source
+from _common.runs import Log, Run, perform, results_in, seed_of
 
 BOOTSTRAP = "bootstrap+"
 METHODS = ("sgd", "mixup", "sam", "bootstrap+sgd", "bootstrap+mixup", "bootstrap+sam")
@@ -95,14 +79,14 @@ def share(hits: Tensor) -> float:
 
 
 class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where data and finished runs lie."""
+    """What :func:`_common.runs.perform` calls in each process: it knows where data and finished runs lie."""
 
-    def __init__(self, folder: Path, source: str) -> None:
+    def __init__(self, folder: Path, source: Source) -> None:
         self.folder, self.source = folder, source
 
     def __call__(self, run: Run, log: Log) -> dict[str, Any]:
         s = run.settings
-        train, test = shuffled_images("cifar10", self.source, str(self.folder / "cache"), s["device"], 0)
+        train, test = self.source.images("cifar10")
         train, test = train.part(0, s["train"]), test.part(0, s["test"])
         x, test_x, test_y = (
             normalised(train.pixels, s["shrink"]),
@@ -118,12 +102,8 @@ class Trainer:
         torch.manual_seed(seed_of("weights", s["seed"]))
         model = ResNet(s["depth"], s["width"]).to(s["device"], memory_format=torch.channels_last)
         optimizer = make_optimizer(model, s["rho"], s["weight_decay"])
-        state = log.resume()
-        epochs: list[dict[str, Any]] = []
-        if state["epoch"]:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            epochs = state["epochs"]
+        state = log.restore(model, optimizer)
+        epochs: list[dict[str, Any]] = state.get("epochs", [])
         for epoch in range(state["epoch"] + 1, s["epochs"] + 1):
             start = time.perf_counter()
             generator = torch.Generator().manual_seed(seed_of("order", s["seed"], epoch))
@@ -136,8 +116,7 @@ class Trainer:
                 row["accuracy"] = share(predict(model, test_x) == test_y)
                 row["fitted"] = share(predict(model, x[watched.to(x.device)]) == stated[watched])
             epochs.append(row | {"seconds": time.perf_counter() - start})
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            log.save({"epoch": epoch, "epochs": epochs} | kept)
+            log.keep(epoch, model, optimizer, epochs=epochs)
         predicted = predict(model, x)
         return {
             "epochs": epochs,
@@ -200,16 +179,11 @@ def stages(args: argparse.Namespace, seed: int) -> list[list[Run]]:
 
 def evaluate_all(args: argparse.Namespace) -> None:
     """Read every finished run in ``--out``, and write figures, ``summary.json`` and ``summary.md``."""
-    results = [read_json(path) for path in sorted((args.out / "runs").glob("*.json"))]
-    if not results:
-        raise UsageError(f"--out {args.out}: no finished run; run without --plot-only")
-    table = tabulate(results, METHODS)
-    write_json(args.out / "summary.json", table.as_dict())
-    text = report(table)
-    (args.out / "summary.md").write_text(text)
+    table = tabulate(results_in(args.out), METHODS)
+    write_summary(args.out, table.as_dict(), report(table))
     plot_summary(table, args.out / "cifar.png")
     plot_curves(table, args.out / "cifar_curves.png")
-    print(f"{text}\n{args.out / 'cifar.png'}, {args.out / 'cifar_curves.png'}, {args.out / 'summary.json'}")
+    print(f"{args.out / 'cifar.png'}, {args.out / 'cifar_curves.png'}, {args.out / 'summary.json'}")
 
 
 # ---- command line ----
@@ -235,9 +209,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_flags(parser, "out/cifar-noise")
     add = parser.add_argument
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--data", "--cifar10", dest="data", type=Path, metavar="PATH", help="archive or folder with train/<class>/ and "
-        "test/<class>/, or torchvision's folder (downloaded to ./data)")  # fmt: skip
+    training_flags(
+        parser,
+        "the size of the paper, ResNet-32, 200 epochs of SAM and 400 of the others, all images, random crops, instead "
+        "of an hour on two cores",
+    )
+    cifar10_flag(parser, "--data", "--cifar10")
     add(
         "--noise", type=probability, nargs="+", default=[0.2, 0.4, 0.6, 0.8], metavar="P", help="shares of wrong labels"
     )
@@ -249,28 +226,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=at_least_0, default=0.1, help="first learning rate, which falls to 0 along a cosine (0.1)")
     add("--weight-decay", type=at_least_0, default=5e-4, metavar="WD", help="(0.0005)")
     add("--batch", type=positive_int, default=128, metavar="N", help="images in a batch (128)")
-    add("--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})")
-    add("--device", default="cpu", help="where to train (cpu)")
-    add("--full", action="store_true", help="the size of the paper: ResNet-32, 200 epochs of SAM and 400 of the "
-        "others, all images, random crops; instead of an hour on two cores")  # fmt: skip
-    for name, meaning in (
-        ("seeds", "runs of each setting"),
-        ("epochs", "passes of SAM over the training images, the others make twice as many"),
-        ("every", "epochs of SAM between two evaluations"),
-        ("train", "training images"),
-        ("test", "test images"),
-        ("depth", "of the ResNet, 6 n + 2"),
-        ("width", "channels of its first stage"),
-        ("shrink", "squares of so many pixels become one, of 32x32"),
-    ):
-        default = getattr(HOUR, name)
-        add(f"--{name}", type=positive_int, metavar="N", help=f"{meaning} ({default})")
+    size_flags(
+        parser,
+        {
+            "seeds": "runs of each setting",
+            "epochs": "passes of SAM over the training images, the others make twice as many",
+            "every": "epochs of SAM between two evaluations",
+            "train": "training images",
+            "test": "test images",
+            "depth": "of the ResNet, 6 n + 2",
+            "width": "channels of its first stage",
+            "shrink": "squares of so many pixels become one, of 32x32",
+        },
+        HOUR,
+    )
     add(
         "--crop", action=argparse.BooleanOptionalAction, help="random crops as well as mirrored images (no; --full yes)"
     )
     args = parser.parse_args(argv)
-    size = FULL if args.full else HOUR
-    args.size = size._replace(**{k: getattr(args, k) for k in Size._fields if getattr(args, k) is not None})
+    args.size = size_of(args, HOUR, FULL)
     if args.size.depth % 6 != 2 or args.size.depth < 8:
         parser.error(f"argument --depth: {args.size.depth} given, but it is 6 n + 2: 8, 14, 20, 26, 32, ...")
     if args.size.shrink not in (1, 2, 4, 8):
@@ -286,9 +260,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, seed by seed, then evaluate everything."""
     if not args.plot_only:
-        source = str(args.data) if args.data else ""
-        # here and not in the processes: errors come early, images are decoded once
-        images = shuffled_images("cifar10", source, str(args.out / "cache"), args.device, 0)
+        source = Source.of(args, ["cifar10"])
+        images = source.images("cifar10")  # here and not in the processes: errors come early, images are decoded once
         counts = {"train": len(images[0].labels), "test": len(images[1].labels)}
         args.size = args.size._replace(**{k: n for k, n in counts.items() if not getattr(args.size, k)})
         for key, count in counts.items():

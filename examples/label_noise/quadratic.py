@@ -23,25 +23,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from _shared import (
-    INK,
-    UsageError,
-    common_flags,
-    figure,
-    main,
-    one_thread,
-    positive_int,
-    read_json,
-    save,
-    seed_of,
-    styled,
-    write_json,
-)
 from torch import Tensor
-from tqdm import tqdm
 
 import flatmin
+from _common.errors import UsageError
+from _common.figures import INK, figure, save, styled
+from _common.files import read_json, write_json
+from _common.flags import common_flags, main, positive_int
+from _common.progress import bar
+from _common.runs import one_thread, seed_of
 
 DIMENSION, POINTS, NONZERO = 100, 40, 5
 LR, LABEL_NOISE, WEIGHT_NOISE = 0.01, 1.0, 0.01
@@ -79,7 +72,7 @@ def train(seeds: Sequence[int], steps: int, label: str = "quadratic model") -> d
     )
     v, transposed = torch.ones(runs, DIMENSION, dtype=REAL), x.transpose(1, 2).contiguous()
     errors = [(v.square() - target).square().sum(1)]
-    bar = tqdm(total=steps, desc=label, unit="step", unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 5.0)
+    shown = bar(total=steps, desc=label, unit="step", unit_scale=True)
     for begin in range(0, steps, BLOCK):
         count = min(BLOCK, steps - begin)
         # the noisy label of one random point: as much on its residual, times the 40 that the mean divides by
@@ -93,8 +86,8 @@ def train(seeds: Sequence[int], steps: int, label: str = "quadratic model") -> d
             gradient = torch.bmm(transposed, residual).squeeze(2).mul_(v).div_(POINTS)
             v = v - lr * gradient.add_(kicks[k])
         errors.append((v.square() - target).square().sum(1))
-        bar.update(count)
-    bar.close()
+        shown.update(count)
+    shown.close()
     loss = 0.25 * ((x @ v.square().unsqueeze(2)).squeeze(2) - y).square().mean(1)
     shape = (len(seeds), len(METHODS))
     return {

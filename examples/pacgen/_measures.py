@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _tasks import Batches, Images
 from torch import Tensor, nn
 
+from _common.images import Batches, Images
 from flatmin import curvature, ops
 
 #: What is compared with the gap: key of the JSON, and name in figures and tables.

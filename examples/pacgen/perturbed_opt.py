@@ -16,19 +16,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
-from _figures import INK, band, figure, in_figure, save, styled
-from _intervals import Array, Interval, mean_interval
-from _runs import Log, Run, common_flags, main, perform, positive_int, read_json, seed_of, training_flags, write_json
-from _tasks import TITLES, Batches, Net, UsageError, evaluate, shuffled_images, train_epoch
+from _network import Net, evaluate, train_epoch
 
 import flatmin
+from _common.errors import UsageError
+from _common.figures import INK, band, estimate, figure, in_figure, save, styled
+from _common.files import read_json, write_json
+from _common.flags import cifar10_flag, common_flags, main, mnist_flag, size_flags, size_of, training_flags
+from _common.images import TITLES, Batches, Source
+from _common.intervals import Array, mean_of
+from _common.runs import Log, Run, perform, seed_of
 
 METHODS = {
     "plain": "plain optimizer",
@@ -106,50 +114,41 @@ class Noise:
         return {"sigma": sigma, "capped": capped}
 
 
-class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
-
-    def __init__(self, sources: dict[str, str], cache: str, device: str) -> None:
-        self.sources, self.cache, self.device = sources, cache, device
-
-    def __call__(self, run: Run, log: Log) -> dict[str, Any]:
-        s = run.settings
-        images, test = shuffled_images(s["task"], self.sources[s["task"]], self.cache, self.device, 0)
-        train = images.part(0, s["train"])
-        judge = images.part(s["train"], s["judged"]) if s["judge"] == "holdout" else test.part(0, s["judged"])
-        state = log.resume()
-        torch.manual_seed(seed_of("weights", s["seed"]))
-        model = Net(s["task"], s["dropout"]).to(self.device)
-        optimizer = make_optimizer(model, s)
-        epochs: list[dict[str, Any]] = []
-        gradients = 0
-        if state["epoch"]:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            epochs, gradients = state["epochs"], state["gradients"]
-        for epoch in range(state["epoch"] + 1, s["epochs"] + 1):
-            start = time.perf_counter()
-            noise = Noise(optimizer)
-            torch.manual_seed(seed_of("dropout", s["seed"], epoch))
-            generator = torch.Generator().manual_seed(seed_of("order", s["seed"], epoch))
-            order = torch.randperm(s["train"], generator=generator)
-            try:
-                running = train_epoch(model, Batches(s["task"], train, s["batch"], order), optimizer, noise.watch)
-                kept = optimizer.state_dict()
-            except RuntimeError as error:
-                if "not finite" not in str(error):
-                    raise
-                return {"epochs": epochs + diverged(s, epoch)}
-            gradients += noise.steps
-            row = {"epoch": epoch, "gradients": gradients, "running_loss": running, **noise.means()}
-            if epoch % s["every"] == 0 or epoch == s["epochs"]:
-                for name, part in (("train", train), ("judge", judge)):
-                    values = evaluate(model, Batches(s["task"], part, 1000))
-                    row |= dict(zip((f"{name}_loss", f"{name}_accuracy"), values, strict=True))
-            epochs.append(row | {"seconds": time.perf_counter() - start})
-            state = {"epoch": epoch, "gradients": gradients, "epochs": epochs}
-            log.save(state | {"model": model.state_dict(), "optimizer": kept})
-        return {"epochs": epochs}
+def trained(source: Source, run: Run, log: Log) -> dict[str, Any]:
+    """One run, judged by held-out training images or by the test images, as its settings say."""
+    s = run.settings
+    images, test = source.images(s["task"])
+    train = images.part(0, s["train"])
+    judge = images.part(s["train"], s["judged"]) if s["judge"] == "holdout" else test.part(0, s["judged"])
+    torch.manual_seed(seed_of("weights", s["seed"]))
+    model = Net(s["task"], s["dropout"]).to(source.device)
+    optimizer = make_optimizer(model, s)
+    state = log.restore(model, optimizer)
+    epochs: list[dict[str, Any]] = state.get("epochs", [])
+    gradients = state.get("gradients", 0)
+    for epoch in range(state["epoch"] + 1, s["epochs"] + 1):
+        start = time.perf_counter()
+        noise = Noise(optimizer)
+        torch.manual_seed(seed_of("dropout", s["seed"], epoch))
+        generator = torch.Generator().manual_seed(seed_of("order", s["seed"], epoch))
+        order = torch.randperm(s["train"], generator=generator)
+        try:
+            running = train_epoch(model, Batches(s["task"], train, s["batch"], order), optimizer, noise.watch)
+            kept = optimizer.state_dict()
+        except RuntimeError as error:
+            if "not finite" not in str(error):
+                raise
+            return {"epochs": epochs + diverged(s, epoch)}
+        gradients += noise.steps
+        row = {"epoch": epoch, "gradients": gradients, "running_loss": running, **noise.means()}
+        if epoch % s["every"] == 0 or epoch == s["epochs"]:
+            for name, part in (("train", train), ("judge", judge)):
+                values = evaluate(model, Batches(s["task"], part, 1000))
+                row |= dict(zip((f"{name}_loss", f"{name}_accuracy"), values, strict=True))
+        epochs.append(row | {"seconds": time.perf_counter() - start})
+        state = {"epoch": epoch, "gradients": gradients, "epochs": epochs}
+        log.save(state | {"model": model.state_dict(), "optimizer": kept})
+    return {"epochs": epochs}
 
 
 def diverged(s: dict[str, Any], epoch: int) -> list[dict[str, Any]]:
@@ -214,11 +213,11 @@ def make_run(task: str, method: str, size: Size, tuned: dict[str, Any], seed: in
 class Study:
     """Tuning and comparison of one task, stage by stage; what is finished is read back."""
 
-    def __init__(self, args: argparse.Namespace, task: str, size: Size, trainer: Trainer) -> None:
-        self.args, self.task, self.size, self.trainer = args, task, size, trainer
+    def __init__(self, args: argparse.Namespace, task: str, size: Size, source: Source) -> None:
+        self.args, self.task, self.size, self.train = args, task, size, partial(trained, source)
 
     def perform(self, runs: Sequence[Run], stage: str) -> list[dict[str, Any]]:
-        return perform(self.args.out, runs, self.trainer, self.args.jobs, f"{TITLES[self.task]}, {stage}")
+        return perform(self.args.out, runs, self.train, self.args.jobs, f"{TITLES[self.task]}, {stage}")
 
     def tune(self, methods: Sequence[str], sigma: float, stage: str) -> dict[str, dict[str, Any]]:
         """The grid of each method with the mean held-out accuracy and loss of each entry, and the best entry."""
@@ -307,11 +306,6 @@ def compare(task: str, study: dict[str, Any]) -> Comparison:
     return Comparison(task, study, [r["epoch"] for r in rows], [r["gradients"] for r in rows], columns)
 
 
-def interval(values: Array) -> Interval:
-    mean, low, high = mean_interval(values)
-    return Interval(float(mean), float(low), float(high))
-
-
 def title(c: Comparison) -> str:
     size = c.study["size"]
     return f"{TITLES[c.task]}, {size['train']:,} training images, {size['optimizer']}"
@@ -330,10 +324,9 @@ def plot_ends(c: Comparison, path: Path) -> None:
         for axes, key, name in zip(panels, ("train_accuracy", "judge_accuracy"), ("training", "test"), strict=True):
             for row, method in zip(rows, METHODS, strict=True):
                 values = c.at_end(method, key)
-                mean = interval(values)
+                mean = mean_of(values)
                 axes.plot(values, np.full(len(values), row), "o", color=COLORS[method], alpha=0.35, markersize=6)
-                axes.plot([mean.low, mean.high], [row + 0.17] * 2, color=COLORS[method], linewidth=3)
-                axes.plot(mean.value, row + 0.17, "D", color=COLORS[method], markersize=8)
+                estimate(axes, row + 0.17, mean, COLORS[method], "D", across=True, linewidth=3, markersize=8)
                 axes.annotate(f"{mean.value:.2f} %", (mean.value, row + 0.17), (0, 9), textcoords="offset points",
                               ha="center", color=INK)  # fmt: skip
             axes.set_xlabel(f"{name} accuracy (% of images)")
@@ -377,8 +370,8 @@ def report(c: Comparison) -> str:
     ]
     plain = c.at_end("plain", "judge_accuracy")
     for method, label in METHODS.items():
-        train, test = (interval(c.at_end(method, key)) for key in ("train_accuracy", "judge_accuracy"))
-        ahead = f"{interval(c.at_end(method, 'judge_accuracy') - plain):+.2f}" if method != "plain" else "-"
+        train, test = (mean_of(c.at_end(method, key)) for key in ("train_accuracy", "judge_accuracy"))
+        ahead = f"{mean_of(c.at_end(method, 'judge_accuracy') - plain):+.2f}" if method != "plain" else "-"
         lines.append(f"| {label} | {c.describe(method)} | {train:.2f} | {test:.2f} | {ahead} |")
     size, tried = c.study["size"], len(c.study["tuning"]["plain"]["grid"])
     lines += [
@@ -407,25 +400,32 @@ def evaluate_all(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Of two numbers the first is for MNIST, the second for CIFAR-10."
+    )
     common_flags(parser, "out/perturbed")
-    training_flags(parser, "all images of CIFAR-10, five times the epochs, 10 to 20 seeds")
-    add = parser.add_argument
-    add("--tasks", nargs="+", choices=list(HOUR), default=list(HOUR), help="which of the two (both)")
-    for name, meaning in (
-        ("seeds", "seeds of the comparison"),
-        ("tuning-seeds", "seeds of each setting in the tuning"),
-        ("epochs", "passes over the training images"),
-        ("every", "epochs between two evaluations"),
-        ("train", "training images"),
-        ("holdout", "held-out training images"),
-        ("test", "test images"),
-    ):
-        sizes = " and ".join(str(getattr(size, name.replace("-", "_")) or "all") for size in HOUR.values())
-        add(f"--{name}", type=positive_int, metavar="N", help=f"{meaning} (MNIST and CIFAR-10: {sizes})")
+    training_flags(
+        parser,
+        "all images of CIFAR-10, five times the epochs, 10 to 20 seeds, instead of the size of an hour on two cores",
+    )
+    mnist_flag(parser)
+    cifar10_flag(parser, "--cifar10")
+    parser.add_argument("--tasks", nargs="+", choices=list(HOUR), default=list(HOUR), help="which of the two (both)")
+    size_flags(
+        parser,
+        {
+            "seeds": "seeds of the comparison",
+            "tuning-seeds": "seeds of each setting in the tuning",
+            "epochs": "passes over the training images",
+            "every": "epochs between two evaluations",
+            "train": "training images",
+            "holdout": "held-out training images",
+            "test": "test images",
+        },
+        *HOUR.values(),
+    )
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in Size._fields if getattr(args, name, None) is not None}
-    args.sizes = {task: size._replace(**given) for task, size in (FULL if args.full else HOUR).items()}
+    args.sizes = {task: size_of(args, HOUR[task], FULL[task]) for task in HOUR}
     if any(size.seeds < 2 for size in args.sizes.values()):
         parser.error("argument --seeds: 1 given, but an interval needs at least 2")
     return args
@@ -434,18 +434,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Tune, compare, and evaluate what is there."""
     if not args.plot_only:
-        given = {"mnist": args.mnist, "cifar10": args.cifar10}
-        sources = {task: str(given[task]) if given[task] else "" for task in args.tasks}
-        trainer = Trainer(sources, str(args.out / "cache"), args.device)
+        source = Source.of(args, args.tasks)
         studies = []
         for task in args.tasks:  # here and not in the processes: errors come early, images are decoded once
-            images, test = shuffled_images(task, sources[task], trainer.cache, args.device, 0)
+            images, test = source.images(task)
             size = args.sizes[task]
             if size.train + size.holdout > len(images.labels):
                 raise UsageError(f"{TITLES[task]}: {size.train} training and {size.holdout} held-out images asked for, "
                                  f"but there are {len(images.labels)}; give --train and --holdout")  # fmt: skip
             size = size._replace(test=size.test or len(test.labels))
-            studies.append(Study(args, task, size, trainer))
+            studies.append(Study(args, task, size, source))
         for study in studies:
             study.run()
     evaluate_all(args)

@@ -16,18 +16,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
-from _figures import INK, MaxNLocator, band, figure, frame_lines, in_figure, save, shades, styled
-from _intervals import Array, Interval, Resamples, at_level, common_levels
 from _measures import MEASURES, measure
-from _runs import Log, Run, common_flags, main, perform, positive_int, read_json, seed_of, training_flags, write_json
-from _tasks import TITLES, Batches, Images, Net, UsageError, evaluate, shuffled_images, train_epoch
+from _network import Net, evaluate, train_epoch
+
+from _common.errors import UsageError
+from _common.figures import INK, MaxNLocator, band, estimate, figure, frame_lines, in_figure, save, shades, styled
+from _common.files import write_summary
+from _common.flags import cifar10_flag, common_flags, main, mnist_flag, size_flags, size_of, training_flags
+from _common.images import TITLES, Batches, Images, Source
+from _common.intervals import Array, Interval, Resamples, at_level, common_levels
+from _common.runs import Log, Run, perform, results_in, seed_of
 
 RATE, BATCH, MOMENTUM = 0.1, 256, 0.5  # what the sweep over the other one holds fixed
 LEVELS = 6  # training losses at which settings are compared
@@ -108,50 +117,48 @@ SWEEPS = {sweep.name: sweep for sweep in (Sweep(t, v) for t in ("mnist", "cifar1
 # ---- one run ----
 
 
-class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+#: What is measured of a model, given the settings of its run and the training images.
+Measure = Callable[[Net, dict[str, Any], Images], dict[str, Any]]
 
-    def __init__(self, sources: dict[str, str], cache: str, device: str) -> None:
-        self.sources, self.cache, self.device = sources, cache, device
 
-    def __call__(self, run: Run, log: Log) -> dict[str, Any]:
-        s = run.settings
-        # in an order of their own but the same for every run: every run trains on the same images
-        train, test = shuffled_images(s["task"], self.sources[s["task"]], self.cache, self.device, 0)
-        train, test = train.part(0, s["train"]), test.part(0, s["test"])
-        state = log.resume()
-        torch.manual_seed(seed_of("weights", s["seed"]))
-        model = Net(s["task"]).to(self.device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=s["lr"], momentum=s["momentum"])
-        epochs: list[dict[str, Any]] = []
-        if state["epoch"]:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            epochs = state["epochs"]
-        for epoch in range(state["epoch"] + 1, s["epochs"] + 1):
-            start = time.perf_counter()
-            generator = torch.Generator().manual_seed(seed_of("order", s["seed"], epoch))
-            order = torch.randperm(s["train"], generator=generator)
-            running = train_epoch(model, Batches(s["task"], train, s["batch"], order), optimizer)
-            if epoch % s["every"] == 0:
-                row = {"epoch": epoch, "running_loss": running, **self._measure(model, s, train, test)}
-                epochs.append(row | {"seconds": time.perf_counter() - start})
-            log.save(
-                {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}
-            )
-        return {"epochs": epochs}
+def flatness(model: Net, s: dict[str, Any], train: Images) -> dict[str, float]:
+    """The measures that are compared with the gap."""
+    return measure(model, s["task"], train.part(0, s["measured"]), s)
 
-    def _measure(self, model: Net, s: dict[str, Any], train: Images, test: Images) -> dict[str, float]:
-        train_loss, train_accuracy = evaluate(model, Batches(s["task"], train, 1000))
-        test_loss, test_accuracy = evaluate(model, Batches(s["task"], test, 1000))
-        return {
-            "train_loss": train_loss,
-            "test_loss": test_loss,
-            "gap": test_loss - train_loss,
-            "train_accuracy": train_accuracy,
-            "test_accuracy": test_accuracy,
-            **measure(model, s["task"], train.part(0, s["measured"]), s),
-        }
+
+def trained(source: Source, measured: Measure, run: Run, log: Log) -> dict[str, Any]:
+    """One run: the losses and what ``measured`` says, at every epoch that its settings name."""
+    s = run.settings
+    train, test = source.images(s["task"])
+    train, test = train.part(0, s["train"]), test.part(0, s["test"])
+    torch.manual_seed(seed_of("weights", s["seed"]))
+    model = Net(s["task"]).to(source.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=s["lr"], momentum=s["momentum"])
+    state = log.restore(model, optimizer)
+    epochs: list[dict[str, Any]] = state.get("epochs", [])
+    for epoch in range(state["epoch"] + 1, s["epochs"] + 1):
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed_of("order", s["seed"], epoch))
+        order = torch.randperm(s["train"], generator=generator)
+        running = train_epoch(model, Batches(s["task"], train, s["batch"], order), optimizer)
+        if epoch % s["every"] == 0:
+            row = {"epoch": epoch, "running_loss": running, **losses(model, s["task"], train, test)}
+            epochs.append(row | measured(model, s, train) | {"seconds": time.perf_counter() - start})
+        log.keep(epoch, model, optimizer, epochs=epochs)
+    return {"epochs": epochs}
+
+
+def losses(model: Net, task: str, train: Images, test: Images) -> dict[str, float]:
+    """Loss in nats and accuracy in percent of both parts, and the gap: test loss less training loss."""
+    train_loss, train_accuracy = evaluate(model, Batches(task, train, 1000))
+    test_loss, test_accuracy = evaluate(model, Batches(task, test, 1000))
+    return {
+        "train_loss": train_loss,
+        "test_loss": test_loss,
+        "gap": test_loss - train_loss,
+        "train_accuracy": train_accuracy,
+        "test_accuracy": test_accuracy,
+    }
 
 
 def plan(args: argparse.Namespace, counts: dict[str, tuple[int, int]]) -> list[Run]:
@@ -352,8 +359,7 @@ def plot_summary(found: Sequence[tuple[Table, Correlations, Correlations]], path
             ):
                 intervals = [what.measures[key][-1] for key in MEASURES] if what.points else []
                 for row, interval in zip(rows, intervals, strict=False):
-                    axes.plot([interval.low, interval.high], [row + shift] * 2, color=color, linewidth=2.2)
-                    axes.plot(interval.value, row + shift, marker, color=color, markersize=7)
+                    estimate(axes, row + shift, interval, color, marker, across=True, markersize=7)
                 axes.plot([], [], marker + "-", color=color, label=label)
             axes.axvline(0, color=INK, linewidth=0.8)
             axes.set_xlim(-1.08, 1.08)
@@ -391,7 +397,7 @@ def report(found: Sequence[tuple[Table, Correlations, Correlations]]) -> str:
 
 def evaluate_all(args: argparse.Namespace) -> None:
     """Read every finished run in ``--out``, and write figures, ``summary.json`` and ``summary.md``."""
-    results = [read_json(path) for path in sorted((args.out / "runs").glob("*.json"))]
+    results = results_in(args.out)
     tables = [table for name in args.sweeps if (table := tabulate(SWEEPS[name], results)) is not None]
     if not tables:
         raise UsageError(f"--out {args.out}: no finished runs with two settings to compare; run without --plot-only")
@@ -405,14 +411,11 @@ def evaluate_all(args: argparse.Namespace) -> None:
         }
         for table, epoch, loss in found
     }
-    write_json(args.out / "summary.json", summary)
-    text = report(found)
-    (args.out / "summary.md").write_text(text)
+    write_summary(args.out, summary, report(found))
     for table, _, _ in found:
         plot_sweep(table, args.out / f"{table.sweep.name}.png")
     plot_by_point(found, args.out / "correlation_by_epoch.png")
     plot_summary(found, args.out / "correlation.png")
-    print(text)
 
 
 # ---- command line ----
@@ -421,27 +424,30 @@ def evaluate_all(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common_flags(parser, "out/sweeps")
-    training_flags(parser, "the size of the paper: all images, 100 epochs, 5 seeds")
-    add = parser.add_argument
-    add("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="which of the four (all)")
-    add("--batches", type=positive_int, nargs="+", metavar="N", help="batch sizes of the sweep")
-    add("--rates", type=float, nargs="+", metavar="LR", help="learning rates of the sweep")
-    for name, meaning in (
-        ("seeds", "seeds of each setting"),
-        ("epochs", "passes over the training images"),
-        ("every", "epochs between two measurements"),
-        ("train", "training images"),
-        ("test", "test images"),
-        ("measured", "training images on which the measures are taken"),
-        ("probes", "probes of the Hessian's diagonal"),
-        ("iterations", "power iterations for the largest eigenvalue"),
-        ("draws", "draws of isotropic noise for the expected sharpness"),
-    ):
-        add(f"--{name}", type=positive_int, metavar="N", help=f"{meaning} ({getattr(HOUR, name)})")
+    training_flags(parser, "the size of the paper, all images, 100 epochs, 5 seeds, instead of an hour on two cores")
+    mnist_flag(parser)
+    cifar10_flag(parser, "--cifar10")
+    names = list(SWEEPS)
+    parser.add_argument("--sweeps", nargs="+", choices=names, default=names, help="which of the four (all)")
+    size_flags(
+        parser,
+        {
+            "batches": "batch sizes of the sweep",
+            "rates": "learning rates of the sweep",
+            "seeds": "seeds of each setting",
+            "epochs": "passes over the training images",
+            "every": "epochs between two measurements",
+            "train": "training images",
+            "test": "test images",
+            "measured": "training images on which the measures are taken",
+            "probes": "probes of the Hessian's diagonal",
+            "iterations": "power iterations for the largest eigenvalue",
+            "draws": "draws of isotropic noise for the expected sharpness",
+        },
+        HOUR,
+    )
     args = parser.parse_args(argv)
-    size = FULL if args.full else HOUR
-    given = {name: getattr(args, name) for name in Size._fields if getattr(args, name) is not None}
-    args.size = size._replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    args.size = size_of(args, HOUR, FULL)
     if args.size.epochs < args.size.every:
         parser.error(f"argument --every: {args.size.every} given, but there are {args.size.epochs} epochs")
     return args
@@ -450,22 +456,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, then evaluate everything."""
     if not args.plot_only:
-        tasks = {SWEEPS[name].task for name in args.sweeps}
-        given = {"mnist": args.mnist, "cifar10": args.cifar10}
-        sources = {task: str(given[task]) if given[task] else "" for task in tasks}
-        cache = str(args.out / "cache")
+        source = Source.of(args, sorted({SWEEPS[name].task for name in args.sweeps}))
         counts = {}
-        for task in sorted(tasks):  # here and not in the processes: errors come early, images are decoded once
-            train, test = shuffled_images(task, sources[task], cache, args.device, 0)
+        for task in source.paths:  # here and not in the processes: errors come early, images are decoded once
+            train, test = source.images(task)
             counts[task] = len(train.labels), len(test.labels)
         runs = plan(args, counts)
-        smallest = {task: min(r.settings["train"] for r in runs if r.settings["task"] == task) for task in tasks}
+        smallest = {task: min(r.settings["train"] for r in runs if r.settings["task"] == task) for task in counts}
         for task, used in smallest.items():
             if args.size.measured > used or used > counts[task][0]:
                 raise UsageError(f"{TITLES[task]}: {args.size.measured} measured and {used} training images asked for "
                                  f"of {counts[task][0]}")  # fmt: skip
         start = time.perf_counter()
-        perform(args.out, runs, Trainer(sources, cache, args.device), args.jobs, "sweeps")
+        perform(args.out, runs, partial(trained, source, flatness), args.jobs, "sweeps")
         print(f"{len(runs)} runs, {math.ceil((time.perf_counter() - start) / 60)} min")
     evaluate_all(args)
 

@@ -22,16 +22,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _figures import figure, save, styled
-from _intervals import share_interval
-from _runs import common_flags, main, one_thread, positive_int, read_json, seed_of, write_json
-from _tasks import UsageError
 from torch import Tensor
-from tqdm import tqdm
 
+from _common.errors import UsageError
+from _common.figures import figure, save, styled
+from _common.files import read_json, write_json
+from _common.flags import common_flags, main, positive_int
+from _common.intervals import share_interval
+from _common.progress import bar
+from _common.runs import one_thread, seed_of
 from flatmin import ops
 
 GAMMA = EPS = 0.1
@@ -288,8 +292,8 @@ def search(args: argparse.Namespace) -> tuple[Pair, dict[str, Any]]:
     if path.is_file() and (kept := read_json(path))["seed"] == args.seed:
         seen = kept
     end = args.limit if seen["found"] is None else args.survey
-    with progress(range(seen["problems"], max(end, args.survey)), "Searching", "problem") as bar:
-        for number in bar:
+    with bar(range(seen["problems"], max(end, args.survey)), desc="Searching", unit="problem") as numbers:
+        for number in numbers:
             if seen["found"] is not None and number >= args.survey:
                 break
             for pair in pairs_of(make_problem(args.seed, number)):
@@ -308,12 +312,6 @@ def search(args: argparse.Namespace) -> tuple[Pair, dict[str, Any]]:
     return next(pairs_of(make_problem(args.seed, seen["found"]))), seen
 
 
-def progress(items: Sequence[Any], description: str, unit: str) -> Any:
-    """A bar: smooth in a terminal, a line every ten seconds in a log file."""
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=description, unit=unit, mininterval=every)
-
-
 # ---- results ----
 
 
@@ -323,7 +321,7 @@ def surface(pair: Pair, points: int) -> dict[str, Any]:
     pad = 0.35 * (high - low).amax() + 1.0
     axes = [torch.linspace(float(a - pad), float(b + pad), points, dtype=REAL) for a, b in zip(low, high, strict=True)]
     w = torch.cartesian_prod(*axes)
-    psi = [pacgen(rows, pair.problem)["psi"] for rows in progress(w.split(points), "Surface", "row")]
+    psi = [pacgen(rows, pair.problem)["psi"] for rows in bar(w.split(points), desc="Surface", unit="row")]
     shape = (points, points)
     fine = [torch.linspace(float(axis[0]), float(axis[-1]), FINE, dtype=REAL) for axis in axes]
     relief = torch.cat([loss(rows, pair.problem) for rows in torch.cartesian_prod(*fine).split(1024)])

@@ -1,5 +1,4 @@
-"""What the experiments of this folder share: a net without BatchNorm, how it is trained, and the parts of
-examples/pacgen that keep runs, read images and draw.
+"""What m_sam.py and spectra.py train, and how: a net without BatchNorm on CIFAR-10.
 
 The training data are first images of the training set in an order of their own, the same for every run. A seed decides
 on initial weights and on the order of the batches, so that runs of one seed differ by their method alone.
@@ -7,73 +6,19 @@ on initial weights and on the order of the batches, so that runs of one seed dif
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pacgen"))
-
-from _figures import INK, figure, save, shades, styled
-from _intervals import Array, Interval, Resamples, mean_interval
-from _runs import (
-    Log,
-    Run,
-    common_flags,
-    main,
-    perform,
-    positive_int,
-    read_json,
-    seed_of,
-    training_flags,
-    write_json,
-)
-from _tasks import MOMENTS, TITLES, Batches, Images, Net, UsageError, evaluate, shuffled_images
-
 import flatmin
-
-__all__ = [
-    "INK",
-    "TITLES",
-    "Array",
-    "Batches",
-    "Data",
-    "Images",
-    "Interval",
-    "Log",
-    "Net",
-    "Resamples",
-    "Run",
-    "UsageError",
-    "check_images",
-    "cifar10",
-    "cifar_flags",
-    "common_flags",
-    "evaluate",
-    "figure",
-    "finished",
-    "main",
-    "mean_interval",
-    "perform",
-    "read_json",
-    "save",
-    "shades",
-    "shuffled_images",
-    "size_flags",
-    "size_of",
-    "styled",
-    "train",
-    "training_flags",
-    "write_json",
-]
+from _common.errors import UsageError
+from _common.images import Source, normalised
+from _common.runs import Log, Run, seed_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -99,15 +44,10 @@ class Data(NamedTuple):
         return self.train[0][:count], self.train[1][:count]
 
 
-def normalised(task: str, images: Images) -> Pair:
-    mean, std = (torch.tensor(m, device=images.pixels.device).view(1, -1, 1, 1) for m in MOMENTS[task])
-    return (images.pixels / 255 - mean) / std, images.labels
-
-
-def cifar10(source: str, cache: str, device: str, train: int, test: int) -> Data:
-    """The first images of both parts, in random order. ``source`` may be empty: then torchvision downloads them."""
-    parts = shuffled_images("cifar10", source, cache, device, 0)
-    return Data(*(normalised("cifar10", part.part(0, n)) for part, n in zip(parts, (train, test), strict=True)))
+def cifar10(source: Source, train: int, test: int) -> Data:
+    """The first images of both parts, in random order."""
+    found = (part.part(0, n) for part, n in zip(source.images("cifar10"), (train, test), strict=True))
+    return Data(*((normalised("cifar10", part.pixels), part.labels) for part in found))
 
 
 @torch.no_grad()
@@ -155,16 +95,13 @@ def train(run: Run, log: Log, data: Data, measure: Callable[[nn.Module], dict[st
     belongs to the result, beside losses and accuracies.
     """
     s = run.settings
-    state = log.resume()
     torch.manual_seed(seed_of("weights", s["seed"]))
     model = ConvNet().to(data.train[0].device)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=s["lr"], momentum=s["momentum"])
     if s["rho"]:
         optimizer = flatmin.SAM(optimizer, rho=s["rho"])
+    state = log.restore(model, optimizer)
     rows: list[dict[str, Any]] = state.get("rows", [])
-    if state["epoch"]:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
 
     def look(epoch: int) -> None:
         if epoch in s["measured_at"]:
@@ -181,46 +118,8 @@ def train(run: Run, log: Log, data: Data, measure: Callable[[nn.Module], dict[st
         order = torch.randperm(s["train"], generator=generator)
         train_epoch(model, optimizer, data.train, order, s["batch"], s["m"] if s["rho"] else None)
         look(epoch)
-        log.save({"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
+        log.keep(epoch, model, optimizer, rows=rows)
     return {"epochs": rows}
-
-
-def size_flags(parser: argparse.ArgumentParser, default: Any, meanings: dict[str, str]) -> None:
-    """A flag for each number of ``default``, a NamedTuple of sizes."""
-    for name, meaning in meanings.items():
-        value = getattr(default, name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        real = isinstance(value[0] if isinstance(value, tuple) else value, float)
-        parser.add_argument(
-            f"--{name}",
-            type=float if real else positive_int,
-            nargs="+" if isinstance(value, tuple) else None,
-            default=value,
-            metavar="X" if real else "N",
-            help=f"{meaning} ({shown})",
-        )
-
-
-def size_of(args: argparse.Namespace, default: Any) -> Any:
-    """What :func:`size_flags` has read, of the type of ``default``."""
-    given = {name: getattr(args, name) for name in default._fields}
-    return type(default)(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
-
-
-def cifar_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the images are and how they are worked on, for scripts that train on CIFAR-10 alone."""
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="CIFAR-10: archive or folder with train/<class>/ and test/<class>/, or torchvision's folder "
-        "(downloaded to ./data)",
-    )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})"
-    )
-    parser.add_argument("--device", default="cpu", help="where to train (cpu)")
 
 
 def check_images(size: Any) -> None:
@@ -229,8 +128,3 @@ def check_images(size: Any) -> None:
         raise UsageError(f"--measured {size.measured}: more than the {size.train} training images; ask for fewer")
     if size.batch > size.train:
         raise UsageError(f"--batch {size.batch}: more than the {size.train} training images; ask for fewer")
-
-
-def finished(results: Sequence[dict[str, Any]], out: Path) -> None:
-    if not results:
-        raise UsageError(f"--out {out}: no finished runs; run without --plot-only")

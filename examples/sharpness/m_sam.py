@@ -15,40 +15,26 @@ An interrupted command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch.nn.functional as F
-from _nets import (
-    INK,
-    Array,
-    Interval,
-    Log,
-    Resamples,
-    Run,
-    UsageError,
-    check_images,
-    cifar10,
-    cifar_flags,
-    common_flags,
-    figure,
-    finished,
-    main,
-    mean_interval,
-    perform,
-    read_json,
-    save,
-    shades,
-    size_flags,
-    size_of,
-    styled,
-    train,
-    write_json,
-)
+from _nets import check_images, cifar10, train
 from torch import nn
 
+from _common.errors import UsageError
+from _common.figures import INK, estimate, figure, save, shades, styled
+from _common.files import write_summary
+from _common.flags import cifar10_flag, common_flags, main, size_flags, size_of, training_flags
+from _common.images import Source
+from _common.intervals import Array, Interval, Resamples, mean_of
+from _common.runs import Log, Run, perform, results_in
 from flatmin import sharpness
 
 #: With what the sharpness is compared: key of the JSON and name.
@@ -58,31 +44,29 @@ TARGETS = {"gap": "gap: test - training loss", "test_error": "test error"}
 class Size(NamedTuple):
     """How much is trained and measured."""
 
-    seeds: int = 5
-    epochs: int = 40
+    seeds: int = 3
+    epochs: int = 20
     train: int = 2000
     test: int = 2000
-    measured: int = 1000
+    measured: int = 500
     batch: int = 100
     lr: float = 0.05
     momentum: float = 0.9
-    m: tuple[int, ...] = (1, 4, 20, 100)
+    m: tuple[int, ...] = (4, 20, 100)
     rho: tuple[float, ...] = (0.05, 0.1)
-    sizes: tuple[int, ...] = (1, 4, 20, 100, 1000)
+    sizes: tuple[int, ...] = (1, 4, 20, 100, 500)
     radius: float = 0.05
-    groups: int = 200
+    groups: int = 100
 
 
-class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+FULL = Size(seeds=5, epochs=40, measured=1000, m=(1, 4, 20, 100), sizes=(1, 4, 20, 100, 1000), groups=200)
 
-    def __init__(self, source: str, cache: str, device: str) -> None:
-        self.source, self.cache, self.device = source, cache, device
 
-    def __call__(self, run: Run, log: Log) -> dict[str, Any]:
-        s = run.settings
-        data = cifar10(self.source, self.cache, self.device, s["train"], s["test"])
-        return train(run, log, data, lambda model: sharp(model, data.measured(s["measured"]), s))
+def trained(source: Source, run: Run, log: Log) -> dict[str, Any]:
+    """One run, measured at the epochs that its settings name."""
+    s = run.settings
+    data = cifar10(source, s["train"], s["test"])
+    return train(run, log, data, lambda model: sharp(model, data.measured(s["measured"]), s))
 
 
 def sharp(model: nn.Module, data: Any, s: dict[str, Any]) -> dict[str, float]:
@@ -131,17 +115,16 @@ class Found(NamedTuple):
     common: dict[str, Any]
 
     def interval(self, key: str, setting: tuple[float, int | None]) -> Interval:
-        return Interval(*map(float, mean_interval(self.columns[key][self.settings.index(setting)])))
+        return mean_of(self.columns[key][self.settings.index(setting)])
 
     def against_sgd(self, key: str, setting: tuple[float, int | None]) -> Interval:
         """The mean difference to SGD, paired by seed."""
         sgd, here = (self.columns[key][self.settings.index(s)] for s in ((0.0, None), setting))
-        return Interval(*map(float, mean_interval(here - sgd)))
+        return mean_of(here - sgd)
 
 
 def collect(out: Path) -> Found:
-    results = [read_json(path) for path in sorted((out / "runs").glob("*.json"))]
-    finished(results, out)
+    results = results_in(out)
     rows = {(r["settings"]["rho"], r["settings"]["m"], r["settings"]["seed"]): r["epochs"][-1] for r in results}
     settings = sorted({key[:2] for key in rows}, key=lambda s: (s[0], s[1] or 0))
     seeds = [seed for seed in sorted({key[2] for key in rows}) if all((rho, m, seed) in rows for rho, m in settings)]
@@ -234,9 +217,8 @@ def plot(found: Found, ranked: dict[str, list[Correlation]], path: Path) -> None
         small.set_ylabel("gap: test - training loss (nats)")
         for shift, (target, name), color in zip((-0.1, 0.1), TARGETS.items(), ("C0", "C1"), strict=True):
             for i, row in enumerate(ranked[target]):
-                rank.plot([i + shift] * 2, [row.value.low, row.value.high], color=color, linewidth=2.4)
                 named = {"label": f"with the {name}"} if i == 0 else {}
-                rank.plot(i + shift, row.value.value, "o", color=color, **named)
+                estimate(rank, i + shift, row.value, color, **named)
         rank.set_xticks(range(len(found.sizes)), list(map(str, found.sizes)))
         rank.axhline(0, color=INK, linewidth=0.8)
         rank.set_ylim(-1.05, 1.05)
@@ -262,11 +244,8 @@ def evaluate_all(out: Path) -> None:
             for target, rows in ranked.items()
         },
     }
-    write_json(out / "summary.json", summary)
-    text = report(found, ranked)
-    (out / "summary.md").write_text(text)
+    write_summary(out, summary, report(found, ranked))
     plot(found, ranked, out / "m_sam.png")
-    print(text)
 
 
 # ---- command line ----
@@ -275,10 +254,10 @@ def evaluate_all(out: Path) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common_flags(parser, "out/m_sam")
-    cifar_flags(parser)
+    training_flags(parser, "more seeds, epochs and m, and more to measure with")
+    cifar10_flag(parser, "--data")
     size_flags(
         parser,
-        Size(),
         {
             "seeds": "seeds of each setting",
             "epochs": "passes over the training images",
@@ -294,9 +273,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             "radius": "of the sharpness that is measured",
             "groups": "of each size that are measured, at most",
         },
+        Size(),
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     if not all(rho > 0.0 for rho in args.size.rho):
         parser.error("argument --rho: every radius must be > 0; SGD is run anyway")
     for m in args.size.m:
@@ -310,10 +290,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, then evaluate everything."""
     if not args.plot_only:
-        source, cache = str(args.data) if args.data else "", str(args.out / "cache")
+        source = Source.of(args, ["cifar10"])
         check_images(args.size)
-        cifar10(source, cache, args.device, args.size.train, args.size.test)  # errors come early, decoded once
-        perform(args.out, plan(args.size, args.seed), Trainer(source, cache, args.device), args.jobs, "m-SAM")
+        cifar10(source, args.size.train, args.size.test)  # errors come early, decoded once
+        perform(args.out, plan(args.size, args.seed), partial(trained, source), args.jobs, "m-SAM")
     evaluate_all(args.out)
 
 

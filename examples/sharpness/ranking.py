@@ -13,43 +13,28 @@ An interrupted command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pacgen"))
+
 import numpy as np
 import torch.nn.functional as F
-from _nets import (
-    INK,
-    TITLES,
-    Array,
-    Batches,
-    Images,
-    Interval,
-    Net,
-    Resamples,
-    Run,
-    UsageError,
-    common_flags,
-    evaluate,
-    figure,
-    finished,
-    main,
-    perform,
-    read_json,
-    save,
-    shuffled_images,
-    size_flags,
-    size_of,
-    styled,
-    training_flags,
-    write_json,
-)
-from sweeps import BATCH, MOMENTUM, RATE, SWEEPS, Sweep, Table, tabulate
-from sweeps import Trainer as SweepTrainer
+from sweeps import BATCH, MOMENTUM, RATE, SWEEPS, Sweep, Table, tabulate, trained
 from torch import nn
 
 import flatmin
+from _common.errors import UsageError
+from _common.figures import INK, estimate, figure, save, styled
+from _common.files import write_summary
+from _common.flags import cifar10_flag, common_flags, main, mnist_flag, size_flags, size_of, training_flags
+from _common.images import TITLES, Batches, Images, Source
+from _common.intervals import Array, Interval, Resamples
+from _common.runs import Run, perform, results_in
 
 #: Rows of the report that rank: key and name. Every one is larger at a sharper minimum, or a more complex net.
 MEASURES = {
@@ -77,42 +62,28 @@ class Size(NamedTuple):
     batches: tuple[int, ...] = (32, 64, 128, 256, 512)
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15, 0.2)
     seeds: int = 3
-    epochs: int = 25
-    train: int = 3000
+    epochs: int = 15
+    train: int = 1500
     test: int = 2000
-    samples: int = 200
-    products: int = 60
+    samples: int = 100
+    products: int = 40
     probes: int = 2
-    steps: int = 20
-    pairs: int = 5
-    curvature_samples: int = 5
+    steps: int = 15
+    pairs: int = 4
+    curvature_samples: int = 4
     noise_samples: int = 3
     groups: int = 64
+
+
+FULL = Size(epochs=25, train=3000, samples=200, products=60, steps=20, pairs=5, curvature_samples=5)
 
 
 AMOUNTS = ("samples", "products", "probes", "steps", "pairs", "curvature_samples", "noise_samples", "groups")
 
 
-class Trainer(SweepTrainer):
-    """Trains as the sweeps do, and makes a report of the last epoch."""
-
-    def _measure(self, model: Net, s: dict[str, Any], train: Images, test: Images) -> dict[str, Any]:
-        (train_loss, train_accuracy), (test_loss, test_accuracy) = (
-            evaluate(model, Batches(s["task"], part, 1000)) for part in (train, test)
-        )
-        return {
-            "train_loss": train_loss,
-            "test_loss": test_loss,
-            "gap": test_loss - train_loss,
-            "train_accuracy": train_accuracy,
-            "test_accuracy": test_accuracy,
-            **reported(model, s, train.part(0, s["amounts"]["samples"])),
-        }
-
-
-def reported(model: nn.Module, s: dict[str, Any], images: Images) -> dict[str, Any]:
-    """The rows of the report on ``images``, without the losses, which are those of all images; and how long it took."""
-    data = list(Batches(s["task"], images, 500))
+def reported(model: nn.Module, s: dict[str, Any], train: Images) -> dict[str, Any]:
+    """The rows of the report, without the losses, which the sweeps have of all images; and how long it took."""
+    data = list(Batches(s["task"], train.part(0, s["amounts"]["samples"]), 500))
     found = flatmin.report(model, F.nll_loss, data, m=M, amounts=s["amounts"], seed=s["measure_seed"], progress=False)
     rows = {row.key: row.value for row in found if row.key in MEASURES and row.key != "train_loss"}
     return rows | {"report_seconds": found.settings["seconds"]}
@@ -203,8 +174,7 @@ def plot(ranked: Sequence[Ranked], path: Path) -> None:
         for axes, r in zip(fig.subplots(1, len(ranked), sharey=True, squeeze=False)[0], ranked, strict=True):
             for row, (key, interval) in zip(rows, r.correlation.items(), strict=True):
                 color = "C3" if key == "psi" else "C0"
-                axes.plot([interval.low, interval.high], [row] * 2, color=color, linewidth=2.4)
-                axes.plot(interval.value, row, "o", color=color, markersize=7)
+                estimate(axes, row, interval, color, across=True, markersize=7)
             axes.axvline(0, color=INK, linewidth=0.8)
             axes.set_xlim(-1.08, 1.08)
             axes.set_yticks(rows, labels)
@@ -215,8 +185,7 @@ def plot(ranked: Sequence[Ranked], path: Path) -> None:
 
 def evaluate_all(args: argparse.Namespace) -> None:
     """Read every finished run in ``--out``, and write the figure, ``summary.json`` and ``summary.md``."""
-    results = [read_json(path) for path in sorted((args.out / "runs").glob("*.json"))]
-    finished(results, args.out)
+    results = results_in(args.out)
     sweeps: list[Sweep] = [SWEEPS[name] for name in args.sweeps]
     ranked = [rank(table) for sweep in sweeps if (table := tabulate(sweep, results)) is not None]
     if not ranked:
@@ -231,11 +200,8 @@ def evaluate_all(args: argparse.Namespace) -> None:
         }
         for r in ranked
     }
-    write_json(args.out / "summary.json", summary)
-    text = report(ranked)
-    (args.out / "summary.md").write_text(text)
+    write_summary(args.out, summary, report(ranked))
     plot(ranked, args.out / "ranking.png")
-    print(text)
 
 
 # ---- command line ----
@@ -244,13 +210,14 @@ def evaluate_all(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common_flags(parser, "out/ranking")
-    training_flags(parser, None)
+    training_flags(parser, "more epochs, more images and more to measure with")
+    mnist_flag(parser)
+    cifar10_flag(parser, "--cifar10")
     parser.add_argument(
         "--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="which of the four (all)"
     )
     size_flags(
         parser,
-        Size(),
         {
             "batches": "batch sizes of the sweep",
             "rates": "learning rates of the sweep",
@@ -267,9 +234,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             "noise_samples": "draws of a report, for PACGen",
             "groups": "of a report, for m-sharpness",
         },
+        Size(),
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     largest = max(m for m in M if m is not None)
     if args.size.samples < largest:
         parser.error(
@@ -283,14 +251,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.plot_only:
         if args.size.samples > args.size.train:
             raise UsageError(f"--samples {args.size.samples}: more than the {args.size.train} training images")
-        given = {"mnist": args.mnist, "cifar10": args.cifar10}
-        tasks = sorted({SWEEPS[name].task for name in args.sweeps})
-        sources = {task: str(given[task]) if given[task] else "" for task in tasks}
-        cache = str(args.out / "cache")
-        for task in tasks:  # here and not in the processes: errors come early, images are decoded once
-            train, test = shuffled_images(task, sources[task], cache, args.device, 0)
+        source = Source.of(args, sorted({SWEEPS[name].task for name in args.sweeps}))
+        for task in source.paths:  # here and not in the processes: errors come early, images are decoded once
+            train, test = source.images(task)
             train.part(0, args.size.train), test.part(0, args.size.test)
-        perform(args.out, plan(args), Trainer(sources, cache, args.device), args.jobs, "ranking")
+        perform(args.out, plan(args), partial(trained, source, reported), args.jobs, "ranking")
     evaluate_all(args)
 
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import flatmin
 import mnist_data
+from _common.flags import positive_int
 from flatmin import sharpness
-from mnist import positive_int
 
 Pair = tuple[Tensor, Tensor]
 

@@ -13,38 +13,27 @@ An interrupted command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _nets import (
-    INK,
-    Array,
-    Interval,
-    Log,
-    Run,
-    check_images,
-    cifar10,
-    cifar_flags,
-    common_flags,
-    figure,
-    finished,
-    main,
-    mean_interval,
-    perform,
-    read_json,
-    save,
-    size_flags,
-    size_of,
-    styled,
-    train,
-    write_json,
-)
+from _nets import check_images, cifar10, train
 from torch import nn
 
+from _common.errors import UsageError
+from _common.figures import INK, estimate, figure, save, styled
+from _common.files import write_summary
+from _common.flags import cifar10_flag, common_flags, main, size_flags, size_of, training_flags
+from _common.images import Source
+from _common.intervals import Array, Interval, mean_interval, mean_of
+from _common.runs import Log, Run, perform, results_in
 from flatmin import curvature
 
 METHODS = ("SGD", "SAM")
@@ -66,28 +55,26 @@ class Size(NamedTuple):
     """How much is trained and measured."""
 
     seeds: int = 5
-    epochs: int = 60
-    train: int = 5000
+    epochs: int = 30
+    train: int = 2000
     test: int = 2000
-    measured: int = 1000
+    measured: int = 250
     batch: int = 100
     lr: float = 0.05
     momentum: float = 0.9
     rho: float = 0.1
-    probes: int = 4
-    steps: int = 40
+    probes: int = 2
+    steps: int = 25
 
 
-class Trainer:
-    """What :func:`_runs.perform` calls in each process: a function that knows where the data lie."""
+FULL = Size(epochs=60, train=5000, measured=1000, probes=4, steps=40)
 
-    def __init__(self, source: str, cache: str, device: str) -> None:
-        self.source, self.cache, self.device = source, cache, device
 
-    def __call__(self, run: Run, log: Log) -> dict[str, Any]:
-        s = run.settings
-        data = cifar10(self.source, self.cache, self.device, s["train"], s["test"])
-        return train(run, log, data, lambda model: spectrum(model, data.measured(s["measured"]), s))
+def trained(source: Source, run: Run, log: Log) -> dict[str, Any]:
+    """One run, measured at the epochs that its settings name."""
+    s = run.settings
+    data = cifar10(source, s["train"], s["test"])
+    return train(run, log, data, lambda model: spectrum(model, data.measured(s["measured"]), s))
 
 
 def spectrum(model: nn.Module, data: Any, s: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +129,13 @@ class Found(NamedTuple):
         return np.array([row[time][key] for row in self.rows[method]], float)
 
     def interval(self, method: str, key: str, time: int) -> Interval:
-        return Interval(*map(float, mean_interval(self.values(method, key, time))))
+        return mean_of(self.values(method, key, time))
 
     def paired(self, key: str, time: int, ratio: bool) -> Interval:
         """SAM against SGD, seed by seed: geometric mean of the ratios, or mean of the differences."""
         sgd, sam = (self.values(method, key, time) for method in METHODS)
         if not ratio:
-            return Interval(*map(float, mean_interval(sam - sgd)))
+            return mean_of(sam - sgd)
         if min(sgd.min(), sam.min()) <= 0.0:  # a trace at the start may be negative
             return Interval(np.nan, np.nan, np.nan)
         return Interval(*(float(np.exp(x)) for x in mean_interval(np.log(sam / sgd))))
@@ -163,10 +150,11 @@ class Found(NamedTuple):
 
 
 def collect(out: Path) -> Found:
-    results = [read_json(path) for path in sorted((out / "runs").glob("*.json"))]
+    results = results_in(out)
     by = {(r["settings"]["method"], r["settings"]["seed"]): r for r in results}
     seeds = sorted(seed for method, seed in by if method == "SGD" and ("SAM", seed) in by)
-    finished(seeds, out)
+    if not seeds:
+        raise UsageError(f"--out {out}: no seed has finished runs of both methods; run without --plot-only")
     rows = {method: [by[method, seed]["epochs"] for seed in seeds] for method in METHODS}
     return Found(seeds, rows, by["SAM", seeds[0]]["settings"])
 
@@ -238,9 +226,8 @@ def plot_eigenvalues(found: Found, path: Path) -> None:
                     interval, values = found.interval(method, key, time), found.values(method, key, time)
                     x = time + shift
                     axes.plot([x + 0.06] * len(values), values, ".", color=COLORS[method], alpha=0.5)
-                    axes.plot([x, x], [interval.low, interval.high], color=COLORS[method], linewidth=2.4)
                     named = {"label": method} if time == 0 else {}
-                    axes.plot(x, interval.value, "o", color=COLORS[method], markersize=7, **named)
+                    estimate(axes, x, interval, COLORS[method], markersize=7, **named)
             axes.set_xticks(range(len(TIMES)), [f"{n}\n(epoch {e})" for n, e in
                                                 zip(TIMES, found.settings["measured_at"], strict=True)])  # fmt: skip
             axes.set_ylabel(label)
@@ -262,12 +249,9 @@ def evaluate_all(out: Path) -> None:
         }
         for key, (_, ratio) in MEASURES.items()
     }
-    write_json(out / "summary.json", {"seeds": found.seeds, "settings": found.settings, **summary})
-    text = report(found)
-    (out / "summary.md").write_text(text)
+    write_summary(out, {"seeds": found.seeds, "settings": found.settings, **summary}, report(found))
     plot_density(found, out / "density.png")
     plot_eigenvalues(found, out / "eigenvalues.png")
-    print(text)
 
 
 # ---- command line ----
@@ -276,10 +260,10 @@ def evaluate_all(out: Path) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common_flags(parser, "out/spectra")
-    cifar_flags(parser)
+    training_flags(parser, "more epochs, more images and more to measure with")
+    cifar10_flag(parser, "--data")
     size_flags(
         parser,
-        Size(),
         {
             "seeds": "seeds of each method",
             "epochs": "passes over the training images",
@@ -293,9 +277,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             "probes": "of the density",
             "steps": "of Lanczos for each probe",
         },
+        Size(),
     )
     args = parser.parse_args(argv)
-    args.size = size_of(args, Size())
+    args.size = size_of(args, Size(), FULL)
     if args.size.epochs < 2:
         parser.error(f"argument --epochs: {args.size.epochs} given; start, middle and end need at least 2")
     if not args.size.rho > 0.0:
@@ -306,10 +291,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, then evaluate everything."""
     if not args.plot_only:
-        source, cache = str(args.data) if args.data else "", str(args.out / "cache")
+        source = Source.of(args, ["cifar10"])
         check_images(args.size)
-        cifar10(source, cache, args.device, args.size.train, args.size.test)  # errors come early, decoded once
-        perform(args.out, plan(args.size, args.seed), Trainer(source, cache, args.device), args.jobs, "spectra")
+        cifar10(source, args.size.train, args.size.test)  # errors come early, decoded once
+        perform(args.out, plan(args.size, args.seed), partial(trained, source), args.jobs, "spectra")
     evaluate_all(args.out)
 
 

@@ -23,7 +23,9 @@ from finetune_example import SCRIPT, write_parts
 from pacgen_examples import assert_picture
 
 import finetune_efficientnet as command  # isort: skip
-from finetune import data, models, place, probe, shared, training  # isort: skip
+from _common.errors import UsageError  # isort: skip
+from _common.runs import Log  # isort: skip
+from finetune import data, models, place, probe, training  # isort: skip
 
 pytestmark = pytest.mark.requires("timm and its packages")
 
@@ -120,7 +122,7 @@ def test_checkpoint_file(tmp_path: Path) -> None:
     found = models.create("test_efficientnet", str(tmp_path / "mine.pth"), 4).state_dict()
     assert all(torch.equal(value, found[key]) for key, value in before.state_dict().items())
     for name, message in {"other": "of another network", "broken": "cannot be read", "gone": "no such file"}.items():
-        with pytest.raises(shared.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             models.create("test_efficientnet", str(tmp_path / f"{name}.pth"), 4)
 
 
@@ -134,12 +136,12 @@ def test_without_a_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert models.resolve("efficientnet_b0", "auto") == (models.LITE0, "package")
     said = capsys.readouterr().out
     assert "weights of efficientnet_b0 cannot be downloaded (no route to host)" in said and models.LITE0 in said
-    with pytest.raises(shared.UsageError, match="cannot be downloaded"):
+    with pytest.raises(UsageError, match="cannot be downloaded"):
         models.resolve("efficientnet_b0", "hub")
     assert models.resolve(models.LITE0, "auto") == (models.LITE0, "package")
-    with pytest.raises(shared.UsageError, match="is it efficientnet_b0"):
+    with pytest.raises(UsageError, match="is it efficientnet_b0"):
         models.resolve("efficientnet-b0", "auto")
-    with pytest.raises(shared.UsageError, match="not of efficientnet_b0"):
+    with pytest.raises(UsageError, match="not of efficientnet_b0"):
         models.resolve("efficientnet_b0", "package")
 
 
@@ -185,13 +187,13 @@ def test_resumed_run_has_the_same_bits(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     args = ["--data", str(folder), *TINY, *flags.split(), "--epochs", "3"]
     command.start([*args, "--out", str(whole)])
-    save = shared.Log.save
+    save = Log.save
 
     def save_and_stop(log: Any, state: dict[str, Any]) -> None:
         save(log, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shared.Log, "save", save_and_stop)
+    monkeypatch.setattr(Log, "save", save_and_stop)
     for _ in range(3):
         with pytest.raises(SystemExit, match="130"):
             command.start([*args, "--out", str(parts)])

@@ -14,7 +14,8 @@ from PIL import Image
 
 from finetune_example import CLASSES, write_images, write_parts
 
-from finetune import data, probe, shared, training  # isort: skip
+from _common.errors import UsageError  # isort: skip
+from finetune import data, probe, training  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_torchvision_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert found.train.labels.tolist() == [0, 1, 1] and found.test.labels.tolist() == [1]
         assert found.classes == ("no", "yes") and found.train.source.read(2).getpixel((0, 0)) == (102, 102, 102)
     assert asked == [("data", True, True), ("data", False, True), ("data", True, False), ("data", False, False)]
-    with pytest.raises(shared.UsageError, match="no such class"):
+    with pytest.raises(UsageError, match="no such class"):
         data.load("torchvision:CIFAR11", None, None)
 
 
@@ -110,11 +111,11 @@ def test_errors_of_data(tmp_path: Path, folder: Path) -> None:
         (tmp_path / "text.tar", "neither"),
         (tmp_path / "part", "want"),
     ):
-        with pytest.raises(shared.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             data.load(str(path), None, None)
     (tmp_path / "bad" / "red").mkdir(parents=True)
     (tmp_path / "bad" / "red" / "0.png").write_text("no image")
-    with pytest.raises(shared.UsageError, match=r"red/0\.png: cannot be read as an image"):
+    with pytest.raises(UsageError, match=r"red/0\.png: cannot be read as an image"):
         load_files = data.Files([tmp_path / "bad" / "red" / "0.png"], ["red/0.png"])
         load_files.read(0)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pacgen_examples import Stop, assert_picture, write_classes
+from pacgen_examples import Stop, UsageError, _images, assert_picture, write_classes
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "label_noise" / "cifar.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -148,7 +148,7 @@ def test_what_is_reported_is_what_the_rows_say(trained: Path) -> None:
 
 
 def test_labels_are_wrong_by_count_and_bootstrap_takes_its_teachers(trained: Path, images: Path) -> None:
-    train_images, _ = cifar.shuffled_images("cifar10", str(images), str(trained / "cache"), "cpu", 0)
+    train_images, _ = _images.shuffled_images("cifar10", str(images), str(trained / "cache"), "cpu", 0)
     for seed in (0, 1):
         sam, again = result(trained, "sam", seed), result(trained, "bootstrap+sam", seed)
         stated, wrong = cifar.seen_labels(train_images.labels, sam["settings"])
@@ -207,7 +207,9 @@ def test_pictures_are_drawn_again_to_the_same_bytes(trained: Path) -> None:
 
 
 def test_processes_can_be_given_the_trainer(tmp_path: Path) -> None:
-    assert pickle.loads(pickle.dumps(cifar.Trainer(tmp_path, "x"))).folder == tmp_path
+    source = _images.Source({"cifar10": "x"}, "cache", "cpu")
+    made = pickle.loads(pickle.dumps(cifar.Trainer(tmp_path, source)))
+    assert (made.folder, made.source) == (tmp_path, source)
 
 
 def test_the_size_of_the_paper_and_its_radii() -> None:
@@ -239,15 +241,15 @@ def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture
 
 
 def test_errors_of_usage(trained: Path, images: Path, tmp_path: Path) -> None:
-    with pytest.raises(cifar.UsageError, match=r"--train: 81 given, but the data holds 80"):
+    with pytest.raises(UsageError, match=r"--train: 81 given, but the data holds 80"):
         train(tmp_path, images, "--train", "81")
-    with pytest.raises(cifar.UsageError, match="run without --plot-only"):
+    with pytest.raises(UsageError, match="run without --plot-only"):
         cifar.run(cifar.parse_args(["--out", str(tmp_path), "--plot-only"]))
-    with pytest.raises(cifar.UsageError, match=r"made with lr 0\.1, but now it is 0\.2"):
+    with pytest.raises(UsageError, match=r"made with lr 0\.1, but now it is 0\.2"):
         train(trained, images, "--method", "sgd", "--lr", "0.2")
     mixed: list[dict[str, Any]] = [result(trained, "sgd"), result(trained, "sgd", 1)]
     mixed[1]["settings"]["width"] = 5
-    with pytest.raises(cifar.UsageError, match="width 4 and 5 lie in one folder"):
+    with pytest.raises(UsageError, match="width 4 and 5 lie in one folder"):
         _noisy_tables.tabulate(mixed, METHODS)
 
 

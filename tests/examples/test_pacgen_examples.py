@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from pacgen_examples import (
     SCRIPTS,
     TINY_SWEEP,
     Stop,
+    UsageError,
+    _images,
     _measures,
+    _network,
     _runs,
-    _tasks,
     assert_picture,
     perturbed_opt,
     sweeps,
@@ -125,7 +128,7 @@ def test_sweep_goes_on_after_an_exception(
             trained.append("interrupted")
             raise Stop
         trained.append("epoch")
-        return _tasks.train_epoch(*args)
+        return _network.train_epoch(*args)
 
     monkeypatch.setattr(sweeps, "train_epoch", interrupted)
     for _ in range(2):
@@ -177,7 +180,7 @@ def test_sweep_goes_on_after_sigterm_with_other_jobs(swept: Path, mnist: Path, t
 
 def test_sweep_refuses_runs_of_other_settings(swept: Path, mnist: Path, tmp_path: Path) -> None:
     shutil.copytree(swept / "runs", tmp_path / "runs")
-    with pytest.raises(_runs.UsageError, match=r"made with probes 1, but now it is 2; give another --out"):
+    with pytest.raises(UsageError, match=r"made with probes 1, but now it is 2; give another --out"):
         sweep(tmp_path, mnist, "--probes", "2")
 
 
@@ -201,7 +204,7 @@ def test_sweep_of_cifar_runs(cifar: Path, tmp_path: Path) -> None:
 
 
 def test_more_images_than_there_are_is_an_error_at_once(mnist: Path, tmp_path: Path) -> None:
-    with pytest.raises(_runs.UsageError, match="500 training images asked for of 128"):
+    with pytest.raises(UsageError, match="500 training images asked for of 128"):
         sweep(tmp_path, mnist, "--train", "500")
 
 
@@ -285,13 +288,13 @@ def test_study_goes_on_after_an_exception(
             frame = sys._getframe(1).f_locals
             if frame["s"]["method"] == stop and frame["epoch"] == 2:
                 raise Stop
-            return _tasks.train_epoch(model, batches, optimizer, watch)
+            return _network.train_epoch(model, batches, optimizer, watch)
 
         monkeypatch.setattr(perturbed_opt, "train_epoch", interrupted)
         with pytest.raises(Stop):
             study(tmp_path, mnist)
         assert len(list((tmp_path / "runs").glob(f"*-{stop}-*.pt"))) == 1
-    monkeypatch.setattr(perturbed_opt, "train_epoch", _tasks.train_epoch)
+    monkeypatch.setattr(perturbed_opt, "train_epoch", _network.train_epoch)
     study(tmp_path, mnist)
     assert_same_runs(studied, tmp_path)
 
@@ -301,8 +304,8 @@ def test_a_run_that_diverges_ends_and_comes_last(mnist: Path, tmp_path: Path, me
     size = perturbed_opt.parse_args(TINY_STUDY).sizes["mnist"]
     tuned = {"lr": 1e30, "dropout": 0.0, "gamma": 0.1, "scale": 1.0, "sigma": 0.0}
     run = perturbed_opt.make_run("mnist", method, size, tuned, 0, "holdout", "cpu")
-    trainer = perturbed_opt.Trainer({"mnist": str(mnist)}, str(tmp_path / "cache"), "cpu")
-    (result,) = _runs.perform(tmp_path, [run], trainer, 1, "diverging")
+    source = _images.Source({"mnist": str(mnist)}, str(tmp_path / "cache"), "cpu")
+    (result,) = _runs.perform(tmp_path, [run], partial(perturbed_opt.trained, source), 1, "diverging")
     assert [row["epoch"] for row in result["epochs"]] == [1, 2]
     assert [row["gradients"] for row in result["epochs"]] == [1, 2]
     assert math.isnan(perturbed_opt.last(result, "judge_loss"))

@@ -23,7 +23,19 @@ from scipy import stats
 from torch import Tensor, nn
 
 import flatmin
-from pacgen_examples import TINY_SWEEP, Stop, _intervals, _measures, _runs, _tasks, sweeps, write_classes, write_mnist
+from pacgen_examples import (
+    TINY_SWEEP,
+    Stop,
+    UsageError,
+    _files,
+    _images,
+    _intervals,
+    _measures,
+    _network,
+    sweeps,
+    write_classes,
+    write_mnist,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +75,9 @@ def settings_of_measures() -> dict[str, Any]:
 
 
 def test_measures_of_a_network(mnist: Path, tmp_path: Path) -> None:
-    images = _tasks.load("mnist", mnist, tmp_path)[0].part(0, 16)
+    images = _images.load("mnist", mnist, tmp_path)[0].part(0, 16)
     torch.manual_seed(0)
-    model = _tasks.Net("mnist").eval()
+    model = _network.Net("mnist").eval()
     found = _measures.measure(model, "mnist", images, settings_of_measures())
     flat = nn.utils.parameters_to_vector(model.parameters()).detach().double()
     assert found["weight_norm"] == pytest.approx(float(flat.norm()), rel=1e-6)
@@ -75,7 +87,7 @@ def test_measures_of_a_network(mnist: Path, tmp_path: Path) -> None:
     assert found["psi"] == pytest.approx(float(torch.log((flat.abs() + n) / n).sum()), rel=1e-6)
     assert found["psi"] == found["psi_squared_gradient"] < found["psi_sqrt_m"]
     assert found == _measures.measure(model, "mnist", images, settings_of_measures()), "same probes, same noise"
-    batches = list(_tasks.Batches("mnist", images, 16))
+    batches = list(_images.Batches("mnist", images, 16))
     for key, sqrt_m in (("psi", False), ("psi_sqrt_m", True)):
         whole = flatmin.pacgen(
             model, nn.functional.nll_loss, batches, curvature_samples=1, sqrt_m=sqrt_m, noise_samples=0, progress=False
@@ -84,8 +96,8 @@ def test_measures_of_a_network(mnist: Path, tmp_path: Path) -> None:
 
 
 def test_measures_of_a_network_that_diverged_are_nan(mnist: Path, tmp_path: Path) -> None:
-    images = _tasks.load("mnist", mnist, tmp_path)[0].part(0, 16)
-    model = _tasks.Net("mnist").eval()
+    images = _images.load("mnist", mnist, tmp_path)[0].part(0, 16)
+    model = _network.Net("mnist").eval()
     healthy = _measures.measure(model, "mnist", images, settings_of_measures())
     with torch.no_grad():
         model.fc2.bias.fill_(math.nan)
@@ -187,7 +199,7 @@ def test_json_has_null_for_what_is_not_finite_and_is_replaced_in_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "new" / "run.json"
-    _runs.write_json(path, {"a": [1.0, math.nan, math.inf], "b": (2, "x")})
+    _files.write_json(path, {"a": [1.0, math.nan, math.inf], "b": (2, "x")})
     assert json.loads(path.read_text()) == {"a": [1.0, None, None], "b": [2, "x"]}
 
     def killed(*_: Any) -> None:
@@ -195,7 +207,7 @@ def test_json_has_null_for_what_is_not_finite_and_is_replaced_in_one_step(
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(Stop):
-        _runs.write_json(path, {"a": []})
+        _files.write_json(path, {"a": []})
     assert json.loads(path.read_text())["b"] == [2, "x"]
 
 
@@ -206,7 +218,7 @@ def test_json_has_null_for_what_is_not_finite_and_is_replaced_in_one_step(
     ("task", "size", "parameters"), [("mnist", (1, 28, 28), 21_840), ("cifar10", (3, 32, 32), 31_340)]
 )
 def test_network_is_that_of_2018(task: str, size: tuple[int, ...], parameters: int) -> None:
-    model = _tasks.Net(task)
+    model = _network.Net(task)
     assert sum(p.numel() for p in model.parameters()) == parameters
     output = model(torch.zeros(2, *size))
     assert output.shape == (2, 10)
@@ -228,24 +240,24 @@ def test_cifar_is_read_from_an_archive_once(
     archive = tmp_path / "cifar.tar.xz"
     with tarfile.open(archive, "w:xz") as file:
         file.add(folder, "some-name")
-    train, test = _tasks.load("cifar10", archive, tmp_path / "cache")
+    train, test = _images.load("cifar10", archive, tmp_path / "cache")
     assert (len(train.labels), len(test.labels)) == (20, 10)
     assert train.labels.tolist() == [label for label in range(10) for _ in range(2)]
     for pixels, name in zip(train.pixels, sorted(written), strict=True):
         np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), written[name])
-    monkeypatch.setattr(_tasks, "_read_images", None)
-    again, _ = _tasks.load("cifar10", archive, tmp_path / "cache")
+    monkeypatch.setattr(_images, "_read_images", None)
+    again, _ = _images.load("cifar10", archive, tmp_path / "cache")
     assert torch.equal(again.pixels, train.pixels) and torch.equal(again.labels, train.labels)
     os.utime(archive, ns=(1, 1))
     with pytest.raises(TypeError):  # another file: the cache does not count
-        _tasks.load("cifar10", archive, tmp_path / "cache")
+        _images.load("cifar10", archive, tmp_path / "cache")
 
 
 def test_cifar_from_torchvision_is_the_same(
     images: tuple[Path, dict[str, NDArray[np.uint8]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = images
-    parts = dict(zip((True, False), _tasks.load("cifar10", folder, tmp_path / "cache"), strict=True))
+    parts = dict(zip((True, False), _images.load("cifar10", folder, tmp_path / "cache"), strict=True))
 
     def dataset(root: str, train: bool, download: bool) -> SimpleNamespace:
         assert (root, download) == ("./data", True)
@@ -254,7 +266,7 @@ def test_cifar_from_torchvision_is_the_same(
 
     fake = SimpleNamespace(datasets=SimpleNamespace(CIFAR10=dataset))
     monkeypatch.setitem(sys.modules, "torchvision", fake)  # type: ignore[arg-type]
-    for expected, found in zip(parts.values(), _tasks.load("cifar10", None, tmp_path), strict=True):
+    for expected, found in zip(parts.values(), _images.load("cifar10", None, tmp_path), strict=True):
         assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.labels, expected.labels)
 
 
@@ -295,14 +307,14 @@ def test_bad_images_are_named(
     damage: Callable[[Path], Path],
     message: str,
 ) -> None:
-    with pytest.raises(_runs.UsageError, match=message):
-        _tasks.load("cifar10", damage(images[0]), tmp_path / "cache")
+    with pytest.raises(UsageError, match=message):
+        _images.load("cifar10", damage(images[0]), tmp_path / "cache")
 
 
 def test_batches_are_normalised_in_the_given_order() -> None:
     pixels = torch.full((3, 1, 28, 28), 255, dtype=torch.uint8)
     pixels[1] = 0
-    found = list(_tasks.Batches("mnist", _tasks.Images(pixels, torch.arange(3)), 2, torch.tensor([1, 2, 0])))
+    found = list(_images.Batches("mnist", _images.Images(pixels, torch.arange(3)), 2, torch.tensor([1, 2, 0])))
     assert [y.tolist() for _, y in found] == [[1, 2], [0]]
     black, white = (0.0 - 0.1307) / 0.3081, (1.0 - 0.1307) / 0.3081
     assert [float(x[0].mean()) for x, _ in found] == pytest.approx([black, white], rel=1e-6)
@@ -317,14 +329,14 @@ if REAL_TASKS:
     @pytest.mark.parametrize(("task", "count"), REAL_TASKS)
     def test_ten_epochs_on_real_data(task: str, count: int, tmp_path: Path) -> None:
         """500 images, ten times, end well below log 10 = 2.30 nats, the loss of a guess."""
-        train, test = _tasks.load(task, Path(REAL[task] or "").resolve(), tmp_path)
+        train, test = _images.load(task, Path(REAL[task] or "").resolve(), tmp_path)
         assert len(train.labels) >= count
         assert test.labels.bincount().min() >= 200
         assert train.labels.bincount().min() >= count // 12
-        train = _tasks.shuffled(train, 0).part(0, 500)
+        train = _images.shuffled(train, 0).part(0, 500)
         torch.manual_seed(0)
-        model = _tasks.Net(task)
+        model = _network.Net(task)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
         for _ in range(10):
-            _tasks.train_epoch(model, _tasks.Batches(task, train, 32), optimizer)
-        assert _tasks.evaluate(model, _tasks.Batches(task, train, 500))[0] < 2.2
+            _network.train_epoch(model, _images.Batches(task, train, 32), optimizer)
+        assert _network.evaluate(model, _images.Batches(task, train, 500))[0] < 2.2

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import flatmin
-from pacgen_examples import Stop, _runs, assert_picture, toy_surface
+from pacgen_examples import Stop, UsageError, _flags, assert_picture, toy_surface
 
 
 @pytest.fixture(autouse=True)
@@ -199,10 +199,10 @@ def test_toy_fails_where_pacgen_is_not_larger(
         monkeypatch.setattr(toy_surface, name, lambda *_: None)
     args = toy_surface.parse_args(["--out", str(tmp_path), "--plot-only"])
     with pytest.raises(SystemExit, match=r"sharp minimum.*not above"):
-        _runs.main(lambda: toy_surface.run(args))
+        _flags.main(lambda: toy_surface.run(args))
 
 
 def test_toy_says_so_if_there_is_no_pair(tmp_path: Path) -> None:
     args = toy_surface.parse_args(["--out", str(tmp_path), "--limit", "1"])
-    with pytest.raises(_runs.UsageError, match="no pair of minima among 1 problems"):
+    with pytest.raises(UsageError, match="no pair of minima among 1 problems"):
         toy_surface.run(args)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import flatmin
 from flatmin import ops
-from pacgen_examples import SCRIPTS, Stop, assert_picture, write_classes, write_mnist
+from pacgen_examples import SCRIPTS, Stop, UsageError, assert_picture, write_classes, write_mnist
 
 sys.path.insert(0, str(SCRIPTS.parent / "sharpness"))  # as `python examples/sharpness/…` does
 
@@ -133,7 +133,7 @@ def test_spectra_of_the_seeds_that_are_there(spectra_out: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0]
     for path in (tmp_path / "runs").glob("*"):
         path.unlink()
-    with pytest.raises(_nets.UsageError, match="no finished runs"):
+    with pytest.raises(UsageError, match="no finished runs"):
         perform(spectra, tmp_path, "--plot-only")
 
 
@@ -250,5 +250,14 @@ def test_sizes_that_the_data_do_not_have(cifar: Path, tmp_path: Path) -> None:
     ):
         tiny = TINY_SPECTRA if script is spectra else TINY_M
         args: argparse.Namespace = script.parse_args(["--out", str(tmp_path), "--data", str(cifar), *tiny, *flags])
-        with pytest.raises(_nets.UsageError, match=said):
+        with pytest.raises(UsageError, match=said):
             script.run(args)
+
+
+@pytest.mark.parametrize("script", [spectra, m_sam, ranking])
+def test_full_is_larger_and_flags_count_all_the_same(script: ModuleType) -> None:
+    default, full = (script.parse_args(flags).size for flags in ([], ["--full"]))
+    assert default == script.Size() and full == script.FULL
+    assert full.epochs > default.epochs and full.train >= default.train and full.seeds >= default.seeds
+    assert script.parse_args(["--full", "--epochs", "7"]).size == script.FULL._replace(epochs=7)
+    assert script.parse_args(["--epochs", "7"]).size == default._replace(epochs=7)

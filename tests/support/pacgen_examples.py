@@ -12,24 +12,33 @@ from PIL import Image
 from test_mnist import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, digits, write_idx
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "pacgen"
-sys.path.insert(0, str(SCRIPTS))  # as `python examples/pacgen/…` does
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]  # as `python examples/pacgen/…` and its scripts do
 
-import _intervals  # noqa: E402
 import _measures  # noqa: E402
-import _runs  # noqa: E402
-import _tasks  # noqa: E402
+import _network  # noqa: E402
 import perturbed_opt  # noqa: E402
 import sweeps  # noqa: E402
 import toy_surface  # noqa: E402
+
+from _common import files as _files  # noqa: E402
+from _common import flags as _flags  # noqa: E402
+from _common import images as _images  # noqa: E402
+from _common import intervals as _intervals  # noqa: E402
+from _common import runs as _runs  # noqa: E402
+from _common.errors import UsageError  # noqa: E402
 
 __all__ = [
     "SCRIPTS",
     "TINY_SWEEP",
     "Stop",
+    "UsageError",
+    "_files",
+    "_flags",
+    "_images",
     "_intervals",
     "_measures",
+    "_network",
     "_runs",
-    "_tasks",
     "assert_picture",
     "perturbed_opt",
     "sweeps",
@@ -61,7 +70,7 @@ def write_classes(folder: Path, part: str, of_each: int) -> dict[str, NDArray[np
     """32x32 images, noise whose brightness tells the class, as PNG files; and what is in them."""
     rng = np.random.default_rng(of_each)
     written = {}
-    for label, name in enumerate(_tasks.CIFAR_CLASSES):
+    for label, name in enumerate(_images.CIFAR_CLASSES):
         (folder / part / name).mkdir(parents=True)
         for i in range(of_each):
             pixels = rng.integers(0, 60, (32, 32, 3), np.uint8) + np.uint8(15 * label)

@@ -1,4 +1,4 @@
-"""What the experiments train on: MNIST and CIFAR-10, and the network of the PyTorch example as of July 2018.
+"""What the experiments train on: MNIST and CIFAR-10.
 
 MNIST is read by examples/mnist_data.py. CIFAR-10 is read from an archive or a folder of images sorted into
 ``train/<class>/`` and ``test/<class>/``, or from torchvision's own files. Decoded images are kept in a cache, since
@@ -7,40 +7,26 @@ MNIST is read by examples/mnist_data.py. CIFAR-10 is read from an archive or a f
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import argparse
 import io
-import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+import mnist_data
 
-def _load_mnist_data() -> ModuleType:
-    """examples/mnist_data.py as a module, whatever the working directory and whatever else has its name."""
-    name = "flatmin_examples_mnist_data"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "mnist_data.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-mnist = _load_mnist_data()
-UsageError = mnist.UsageError
+from .errors import UsageError
+from .files import in_one_step
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Mean and standard deviation of the training pixels, scaled to [0, 1], of each channel.
 MOMENTS = {
-    "mnist": ((mnist.MEAN,), (mnist.STD,)),
+    "mnist": ((mnist_data.MEAN,), (mnist_data.STD,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -59,6 +45,12 @@ class Images(NamedTuple):
         return Images(self.pixels[start : start + count], self.labels[start : start + count])
 
 
+def normalised(task: str, pixels: Tensor) -> Tensor:
+    """Bytes [N, channels, height, width] as floats; over the training set each channel has mean 0 and deviation 1."""
+    mean, std = (torch.tensor(m, device=pixels.device).view(1, -1, 1, 1) for m in MOMENTS[task])
+    return (pixels / 255 - mean) / std
+
+
 class Batches:
     """Normalised batches ``(x, y)`` of images that lie on the device as bytes.
 
@@ -66,9 +58,7 @@ class Batches:
     """
 
     def __init__(self, task: str, images: Images, size: int, order: Tensor | None = None) -> None:
-        self.images, self.size, self.order = images, size, order
-        shape = (1, -1, 1, 1)
-        self._mean, self._std = (torch.tensor(m, device=images.pixels.device).view(shape) for m in MOMENTS[task])
+        self.task, self.images, self.size, self.order = task, images, size, order
 
     def __len__(self) -> int:
         return -(-len(self.images.labels) // self.size)
@@ -76,75 +66,13 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self.images.labels)) if self.order is None else self.order
         for index in order.to(self.images.labels.device).split(self.size):
-            yield (self.images.pixels[index] / 255 - self._mean) / self._std, self.images.labels[index]
-
-
-class Net(nn.Module):
-    """The network of pytorch/examples' MNIST as of July 2018, the time of the paper: two convolutions, two linear
-    layers. 21,840 parameters for MNIST; CIFAR-10's three channels of 32x32 make 31,340.
-
-    The example drops half of the units after the second convolution and after the first linear layer; ``dropout``
-    says how many, and is 0 by default: the paper's sweeps do not seem to use it.
-    """
-
-    def __init__(self, task: str, dropout: float = 0.0) -> None:
-        super().__init__()
-        channels, features = {"mnist": (1, 320), "cifar10": (3, 500)}[task]
-        self.conv1 = nn.Conv2d(channels, 10, 5)
-        self.conv2 = nn.Conv2d(10, 20, 5)
-        self.drop2d, self.drop = nn.Dropout2d(dropout), nn.Dropout(dropout)
-        self.fc1 = nn.Linear(features, 50)
-        self.fc2 = nn.Linear(50, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Log-probabilities [N, 10] of normalised images."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.drop2d(self.conv2(x)), 2)).flatten(1)
-        return F.log_softmax(self.fc2(self.drop(F.relu(self.fc1(x)))), dim=1)
+            yield normalised(self.task, self.images.pixels[index]), self.images.labels[index]
 
 
 def shuffled(images: Images, seed: int) -> Images:
     """The same images in an order that depends on ``seed``: archives and folders are sorted by class."""
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
     return Images(images.pixels[order], images.labels[order])
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean loss in nats, and accuracy in percent, without dropout."""
-    model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    for x, y in batches:
-        output = model(x)
-        loss += F.nll_loss(output, y, reduction="sum").item()
-        correct += int((output.argmax(dim=1) == y).sum())
-        seen += len(y)
-    return loss / seen, 100.0 * correct / seen
-
-
-def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    watch: Callable[[], None] = lambda: None,
-) -> float:
-    """One pass; under the noise of the optimizer, if it is a :class:`flatmin.PerturbedOPT`. Mean loss of the batches.
-
-    One gradient for each batch either way. ``watch`` is called after every step.
-    """
-    model.train()
-    perturb = getattr(optimizer, "perturb", contextlib.nullcontext)
-    total, seen = torch.zeros((), dtype=torch.float64), 0
-    for x, y in batches:
-        optimizer.zero_grad()
-        with perturb():
-            loss = F.nll_loss(model(x), y)
-            loss.backward()
-        optimizer.step()
-        watch()
-        total += loss.detach().double().cpu() * len(y)
-        seen += len(y)
-    return float(total) / seen
 
 
 # ---- reading ----
@@ -171,10 +99,8 @@ def load(task: str, source: Path | None, cache: Path) -> tuple[Images, Images]:
         if found["stamp"] == stamp:
             return Images(*found["train"]), Images(*found["test"])
     train, test = _read_images(source)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    torch.save({"stamp": stamp, "train": tuple(train), "test": tuple(test)}, partial)
-    partial.replace(kept)
+    with in_one_step(kept) as partial:
+        torch.save({"stamp": stamp, "train": tuple(train), "test": tuple(test)}, partial)
     return train, test
 
 
@@ -186,10 +112,32 @@ def shuffled_images(task: str, source: str, cache: str, device: str, seed: int) 
     return Images(*(t.to(device) for t in train)), Images(*(t.to(device) for t in test))
 
 
+class Source(NamedTuple):
+    """Where the images lie and where they go: what the processes that train are told.
+
+    ``paths`` are those of :func:`load`, by task; "" stands for None.
+    """
+
+    paths: dict[str, str]
+    cache: str
+    device: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, tasks: Iterable[str]) -> Source:
+        """As the flags say."""
+        given = {task: getattr(args, task) for task in tasks}
+        paths = {task: str(path) if path else "" for task, path in given.items()}
+        return cls(paths, str(args.out / "cache"), args.device)
+
+    def images(self, task: str) -> tuple[Images, Images]:
+        """Training and test images of a task, in an order of their own that is the same for every run."""
+        return shuffled_images(task, self.paths[task], self.cache, self.device, 0)
+
+
 def _load_mnist(folder: Path | None) -> tuple[Images, Images]:
     if folder is not None and (folder / "MNIST" / "raw").is_dir():  # where torchvision puts the same files
         folder = folder / "MNIST" / "raw"
-    data = mnist.download() if folder is None else mnist.from_folder(folder)
+    data = mnist_data.download() if folder is None else mnist_data.from_folder(folder)
     train, test = (Images(pixels.unsqueeze(1), labels) for pixels, labels in (data.train, data.test))
     return train, test
 

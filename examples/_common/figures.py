@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _intervals import Array, mean_interval
-from _tasks import UsageError
+
+from .errors import UsageError
+from .files import in_one_step
+from .intervals import Array, Interval, mean_interval
 
 try:
     import matplotlib
@@ -17,7 +19,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: matplotlib cannot be imported ({error}); pip install matplotlib") from error
 
-__all__ = ["INK", "MaxNLocator", "band", "figure", "frame_lines", "in_figure", "save", "shades", "styled"]
+__all__ = ["INK", "MaxNLocator", "band", "estimate", "figure", "frame_lines", "in_figure", "save", "shades", "styled"]
 
 INK = "#303030"
 STYLE = {
@@ -62,6 +64,16 @@ def band(axes: Any, x: Sequence[float] | Array, values: Array, color: Any, label
         axes.set_yscale("log")
 
 
+def estimate(
+    axes: Any, at: float, interval: Interval, color: Any, marker: str = "o", across: bool = False, **look: Any
+) -> None:
+    """A marker, and its interval as a bar: upright at ``at`` on the x axis, or ``across`` at that height."""
+    width = look.pop("linewidth", 2.4)
+    bar, point = ([interval.low, interval.high], [at] * 2), (interval.value, at)
+    axes.plot(*(bar if across else bar[::-1]), color=color, linewidth=width)
+    axes.plot(*(point if across else point[::-1]), marker, color=color, **look)
+
+
 def frame_lines(axes: Any) -> None:
     """Limits from the lines: bands of few seeds can be ten times as wide, and then run off the frame."""
     drawn = np.concatenate([line.get_ydata() for line in axes.get_lines()])
@@ -82,10 +94,8 @@ def in_figure(label: str) -> str:
 
 def save(fig: Figure, path: Path) -> None:
     """Write a PNG in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        fig.savefig(partial, dpi=150, format="png")
+        with in_one_step(path) as partial:
+            fig.savefig(partial, dpi=150, format="png")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error})") from error
-    partial.replace(path)

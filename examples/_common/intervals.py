@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,13 @@ def mean_interval(values: Array) -> tuple[Array, Array, Array]:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = stats.t.ppf(0.975, count - 1) * values.std(axis=-1, ddof=1) / np.sqrt(count)
     return mean, mean - half, mean + half
+
+
+def mean_of(values: Sequence[float] | Array) -> Interval:
+    """:func:`mean_interval` of a list of numbers; of none, NaN."""
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan)
+    return Interval(*map(float, mean_interval(np.asarray(values, float))))
 
 
 def share_interval(count: int, of: int) -> Interval:

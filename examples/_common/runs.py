@@ -1,31 +1,30 @@
-"""What the scripts share: runs that an interruption does not cost, their JSON files, processes, the command line.
+"""Runs that an interruption does not cost: their files, and the processes that make them.
 
 A run is a name and its settings. What it gives is written to ``runs/<name>.json`` as soon as it is finished, and while
-it is under way ``runs/<name>.pt`` holds the last epoch, so the same command goes on where it was stopped. Whatever is
-written replaces the old file in one step: a run that is killed leaves the file before or the file after, never half.
-Each run has one thread, whatever ``--jobs``: sums of floats depend on the number of threads, results must not.
+it is under way ``runs/<name>.pt`` holds the last epoch, so the same command goes on where it was stopped. Each run has
+one thread, whatever ``--jobs``: sums of floats depend on the number of threads, results must not.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
-import json
-import math
 import multiprocessing
 import os
 import queue
 import signal
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _tasks import UsageError
+from torch import nn
 from tqdm import tqdm
+
+from .errors import UsageError
+from .files import in_one_step, jsonable, read_json, write_json
+from .progress import bar
 
 
 class Run(NamedTuple):
@@ -44,40 +43,8 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-# ---- files ----
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` in one step; NaN and infinity become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_jsonable(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The value that :func:`write_json` wrote."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; run without --plot-only first") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON ({error}); delete it, and the run is made again") from error
-
-
 def _check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found, wanted = _jsonable(found), _jsonable(wanted)
+    found, wanted = jsonable(found), jsonable(wanted)
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UsageError(
@@ -117,15 +84,25 @@ class Log:
         self._tick(found["state"]["epoch"])
         return dict(found["state"])
 
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """:meth:`resume`, with model and optimizer put into the state that :meth:`keep` has kept."""
+        state = self.resume()
+        if state["epoch"]:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        return state
+
+    def keep(self, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, **rest: Any) -> None:
+        """:meth:`save` after ``epoch``: the model, the optimizer, and what else belongs to the state."""
+        self.save({"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **rest})
+
     def save(self, state: dict[str, Any]) -> None:
         """Keep ``state``, tensors and numbers, after an epoch; "epoch" counts those behind."""
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             os._exit(1)  # killed without a word: nobody waits for this run
-        self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint_path.with_suffix(".pt.partial")
-        torch.save({"settings": self.run.settings, "state": state}, partial)
-        partial.replace(self.checkpoint_path)
+        with in_one_step(self.checkpoint_path) as partial:
+            torch.save({"settings": self.run.settings, "state": state}, partial)
         self._tick(1)
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -144,23 +121,30 @@ def perform(folder: Path, runs: Sequence[Run], train: Train, jobs: int, descript
     """The results of all runs, those made that are not there yet: ``jobs`` at once, with one progress bar."""
     missing = [run for run in runs if Log(folder, run).result() is None]
     total, behind = sum(run.epochs for run in runs), sum(run.epochs for run in runs if run not in missing)
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, initial=behind, desc=description, unit="epoch", mininterval=every, smoothing=0.1) as bar:
-        bar.set_postfix_str(f"{len(runs) - len(missing)}/{len(runs)} runs", refresh=False)
+    with bar(total=total, initial=behind, desc=description, unit="epoch", smoothing=0.1) as shown:
+        shown.set_postfix_str(f"{len(runs) - len(missing)}/{len(runs)} runs", refresh=False)
         if jobs == 1 or len(missing) <= 1:
             with one_thread():
                 for run in missing:
-                    _perform_one(folder, run, train, bar.update)
-                    _count(bar, len(runs))
+                    _perform_one(folder, run, train, shown.update)
+                    _count(shown, len(runs))
         else:
-            _perform_in_processes(folder, missing, train, min(jobs, len(missing)), bar, len(runs))
+            _perform_in_processes(folder, missing, train, min(jobs, len(missing)), shown, len(runs))
     results = [Log(folder, run).result() for run in runs]
     return [result for result in results if result is not None]
 
 
-def _count(bar: tqdm, runs: int) -> None:
-    finished = 1 + int(bar.postfix.split("/")[0])
-    bar.set_postfix_str(f"{finished}/{runs} runs", refresh=False)
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    """What all finished runs in ``folder`` gave, by name."""
+    results = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
+    if not results:
+        raise UsageError(f"--out {folder}: no finished runs; run without --plot-only")
+    return results
+
+
+def _count(shown: tqdm, runs: int) -> None:
+    finished = 1 + int(shown.postfix.split("/")[0])
+    shown.set_postfix_str(f"{finished}/{runs} runs", refresh=False)
 
 
 @contextlib.contextmanager
@@ -193,7 +177,7 @@ def _work(folder: Path, train: Train, runs: Any, reports: Any) -> None:
             return
 
 
-def _perform_in_processes(folder: Path, runs: Sequence[Run], train: Train, jobs: int, bar: tqdm, of: int) -> None:
+def _perform_in_processes(folder: Path, runs: Sequence[Run], train: Train, jobs: int, shown: tqdm, of: int) -> None:
     context = multiprocessing.get_context("spawn")  # fork and a library with threads do not go together
     waiting, reports = context.Queue(), context.Queue()
     for run in [*runs, *[None] * jobs]:
@@ -212,67 +196,13 @@ def _perform_in_processes(folder: Path, runs: Sequence[Run], train: Train, jobs:
                     raise UsageError(f"all processes ended (exit codes {codes}); is there enough memory?") from None
                 continue
             if kind == "epochs":
-                bar.update(value)
+                shown.update(value)
             elif kind == "finished":
                 finished += 1
-                _count(bar, of)
+                _count(shown, of)
             else:
                 raise UsageError(value)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
-
-
-# ---- command line ----
-
-
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} given, but it must be at least 1")
-    return value
-
-
-def common_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    """The flags that every script has."""
-    add = parser.add_argument
-    add("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"results and figures ({out})")
-    add("--seed", type=int, default=0, metavar="S", help="first seed (0)")
-    add("--plot-only", action="store_true", help="draw the figures again from the JSON files in --out")
-
-
-def training_flags(parser: argparse.ArgumentParser, full: str | None) -> None:
-    """The flags of the scripts that train networks; ``full`` says what ``--full`` trains, None leaves it out."""
-    add = parser.add_argument
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})")
-    add("--mnist", type=Path, metavar="FOLDER", help="folder with the four MNIST .gz files (downloaded to ./data)")
-    add(
-        "--cifar10",
-        type=Path,
-        metavar="PATH",
-        help="archive or folder with train/<class>/ and test/<class>/, or torchvision's folder (downloaded to ./data)",
-    )
-    add("--device", default="cpu", help="where to train (cpu)")
-    if full is not None:
-        add("--full", action="store_true", help=f"{full}, instead of the size of an hour on two cores")
-
-
-def main(run: Callable[[], None]) -> None:
-    """Run a script: errors of usage as one line, and an interruption with word of how to go on."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        run()
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)
