@@ -210,7 +210,7 @@ FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_
     }
 #pragma unroll
     for (int j = 0; j < step; j++) {
-      FM_REAL v[FM_SLOTS];
+      FM_REAL v[FM_VALUES];
 #define FM_GET(k)                                                                              \
   if (shape.reads & FM_BIT(k)) {                                                               \
     v[k] = has_##k ? FM_NAME(fm_get)(in_##k, row->dtype[k], half, j) : (FM_REAL)fm_default(k); \

@@ -43,8 +43,8 @@ __global__ void fm_corrupt_labels_kernel(FM_KERNEL_ARGUMENT fm_label_job job) {
         const int64_t label = job.labels[at + j];
         int64_t noisy = label;
         if (fm_label_in_range(&job.noise, label)) {
-          noisy = job.noise.slots > 0 ? fm_label_from_table(&job.noise, label, word)
-                                      : fm_label_moved(&job.noise, label, word);
+          noisy = job.noise.entries > 0 ? fm_label_from_table(&job.noise, label, word)
+                                        : fm_label_moved(&job.noise, label, word);
         }
         job.out[at + j] = noisy;
       }

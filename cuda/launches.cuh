@@ -57,7 +57,7 @@ static inline void add_row(fm_cuda_launch *l, const fm_list *list, int64_t r) {
   row->first_chunk = list->first_chunk[r];
   row->traits = from->traits;
   row->index = (uint32_t)r;
-  row->wide = from->wide;
+  row->fp64 = from->fp64;
   l->plain = l->plain && is_plain(from);
   l->chunk_begin = l->rows == 0 ? row->first_chunk : l->chunk_begin;
   l->chunk_end = list->first_chunk[r + 1];

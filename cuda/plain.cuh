@@ -233,7 +233,7 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    float v[FM_SLOTS];
+    float v[FM_VALUES];
 #define FM_GET(k)                                           \
   if (shape.reads & FM_BIT(k)) {                            \
     v[k] = has_##k ? v_##k.value[j] : (float)fm_default(k); \

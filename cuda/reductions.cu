@@ -13,7 +13,7 @@ __global__ void fm_reduce_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   for (int64_t c = l.chunk_begin + (int64_t)blockIdx.x * FM_CUDA_CHUNKS + warp; c < l.chunk_end; c += stride) {
     const fm_cuda_row *row = fm_row_of(&l, c);
     const int64_t start = (c - row->first_chunk) * FM_CHUNK;
-    const fm_sum sum = row->wide ? fm_reduce_chunk_f64<TERM>(&l, row, start, thread, &o)
+    const fm_sum sum = row->fp64 ? fm_reduce_chunk_f64<TERM>(&l, row, start, thread, &o)
                                  : fm_reduce_chunk_f32<TERM>(&l, row, start, thread, &o);
     if (thread == 0) {
       l.partials[c] = sum;
@@ -34,7 +34,7 @@ __global__ void fm_dot_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l, int64_t apart
     const int plane = (int)(task % planes);
     const fm_cuda_row *row = fm_row_of(&l, c);
     const int64_t start = (c - row->first_chunk) * FM_CHUNK;
-    const fm_sum sum = row->wide ? fm_dot_chunk_f64<LISTS>(&l, row, start, thread, plane)
+    const fm_sum sum = row->fp64 ? fm_dot_chunk_f64<LISTS>(&l, row, start, thread, plane)
                                  : fm_dot_chunk_f32<LISTS>(&l, row, start, thread, plane);
     if (thread == 0) {
       l.partials[plane * apart + c] = sum;
@@ -231,7 +231,7 @@ extern "C" const char *fm_cuda_norm(const fm_list *list, const fm_options *optio
     fold(list, FM_TERM_SQUARE, FM_FINISH_ROOT, q, 1, result, stream);
     return fm_launch_error();
   }
-  if (q == 1.0 && !fm_any_wide(list)) {
+  if (q == 1.0 && !fm_any_fp64(list)) {
     launch_all(list, options, &scalars, launch_reduce<FM_TERM_MAGNITUDE>, stream);
     fold(list, FM_TERM_MAGNITUDE, FM_FINISH_SUMS, q, 1, result, stream);
     return fm_launch_error();

@@ -31,7 +31,7 @@ typedef struct fm_cuda_row {
   fm_traits traits;
   uint32_t index; /* in the list: the tensor's stream of random numbers */
   uint8_t dtype[FM_MAX_OPERANDS];
-  bool wide;
+  bool fp64;
 } fm_cuda_row;
 
 /* A tensor that is not dense goes alone, and its layouts lie where the other rows would. */
@@ -190,13 +190,13 @@ FM_DEVICE fm_sum fm_shuffle_down(fm_sum s, unsigned by, bool parts) {
 
 /* The lanes of a chunk in halves on halves, as fold_lanes in csrc/cpu/kernels.c: thread t of a warp has lanes 8 t to
  * 8 t + 7. The sum is thread 0's. */
-template <int TERM, bool WIDE>
+template <int TERM, bool FP64>
 FM_DEVICE fm_sum fm_fold_lanes(fm_sum *lanes) {
 #pragma unroll
   for (int j = 0; j < FM_CUDA_SPAN; j++) {
 #pragma unroll 1
     for (unsigned by = 16; by > 0; by /= 2) {
-      lanes[j] = fm_fold(lanes[j], fm_shuffle_down(lanes[j], by, fm_has_parts(TERM, WIDE)), TERM);
+      lanes[j] = fm_fold(lanes[j], fm_shuffle_down(lanes[j], by, fm_has_parts(TERM, FP64)), TERM);
     }
   }
 #pragma unroll

@@ -17,7 +17,7 @@ __global__ void fm_update_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
     const fm_cuda_row *row = fm_row_of(&l, c);
     const int64_t start = (c - row->first_chunk) * FM_CHUNK;
     fm_read_own_scalars(&o, &l.scalars, row->index);
-    const fm_sum sum = row->wide ? fm_update_chunk_f64<UPDATE>(&l, row, start, thread, threads, &o)
+    const fm_sum sum = row->fp64 ? fm_update_chunk_f64<UPDATE>(&l, row, start, thread, threads, &o)
                                  : fm_update_chunk_f32<UPDATE>(&l, row, start, thread, threads, &o);
     if (tallies && thread == 0) {
       l.partials[c] = sum;

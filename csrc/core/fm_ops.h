@@ -42,7 +42,7 @@ typedef struct fm_row {
   fm_view operand[FM_MAX_OPERANDS];
   int64_t numel;
   fm_traits traits;
-  bool wide; /* float64 arithmetic: some operand is float64 */
+  bool fp64; /* float64 arithmetic: some operand is float64 */
 } fm_row;
 
 /* FM_BIT of each operand that there is. */
@@ -108,9 +108,9 @@ static inline void fm_list_plan(fm_list *list) {
 }
 
 /* Whether a sum of magnitudes could overflow: only in float64. */
-static inline bool fm_any_wide(const fm_list *list) {
+static inline bool fm_any_fp64(const fm_list *list) {
   for (int64_t r = 0; r < list->count; r++) {
-    if (list->rows[r].wide) {
+    if (list->rows[r].fp64) {
       return true;
     }
   }

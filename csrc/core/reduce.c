@@ -37,7 +37,7 @@ static void run(fm_kernel *kernel, const fm_list *list, const fm_options *option
   for (int64_t r = 0; r < list->count; r++) {
     const fm_row *row = &list->rows[r];
     elements += row->numel;
-    bytes += row->numel * (row->wide ? 8 : (int64_t)fm_dtype_size(row->operand[FM_PARAM].dtype));
+    bytes += row->numel * (row->fp64 ? 8 : (int64_t)fm_dtype_size(row->operand[FM_PARAM].dtype));
   }
   const int64_t chunks = list->first_chunk[list->count];
   fm_run r = {{list, options, scalars, exceeds_cache(bytes)}, kernel};
@@ -79,7 +79,7 @@ double fm_norm(const fm_list *list, const fm_options *options, fm_parallel_for p
   if (options->q == 2.0) {
     return fm_sum_root(reduce(FM_TERM_SQUARE, list, options, parallel_for));
   }
-  if (options->q == 1.0 && !fm_any_wide(list)) {
+  if (options->q == 1.0 && !fm_any_fp64(list)) {
     return reduce(FM_TERM_MAGNITUDE, list, options, parallel_for).mid;
   }
   const double m = reduce(FM_TERM_LARGEST, list, options, parallel_for).mid;

@@ -174,7 +174,7 @@ typedef struct fm_way {
   bool full, products;
 } fm_way;
 
-/* Lanes that stay in registers over the rows of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
+/* Lanes that stay in registers over the strips of a span: 32 doubles are four AVX-512 registers or eight of AVX2. */
 enum { FM_LANE_GROUP = 32 };
 
 /* The lanes that n elements use, up to a power of two that folds in halves. The others would add zeros, most
@@ -259,18 +259,18 @@ static fm_ahead gradients_behind(const fm_list *list, int64_t r, int64_t at) {
   return ahead;
 }
 
-/* Fills the lanes with sums of squares: `rows` times FM_LANES elements. gcc would convert eight floats at a time, in
+/* Fills the lanes with sums of squares: `strips` times FM_LANES elements. gcc would convert eight floats at a time, in
  * halves of which one has to be moved first. What is asked for goes to the first cache although half of it is in use:
  * from the second it comes too late (docs/performance.md). */
-static void square_lanes(double *lanes, const float *elements, int64_t rows, fm_ahead ahead) {
+static void square_lanes(double *lanes, const float *elements, int64_t strips, fm_ahead ahead) {
   enum { WIDTH = 4, SUMS = FM_LANE_GROUP / WIDTH, LINE = FM_CACHE_LINE / (int)sizeof(float) };
   for (int first = 0; first < FM_LANES; first += FM_LANE_GROUP) {
     __m256d sum[SUMS];
     for (int s = 0; s < SUMS; s++) {
       sum[s] = _mm256_setzero_pd();
     }
-    for (int64_t row = 0; row < rows; row++) {
-      const float *at = elements + row * FM_LANES + first;
+    for (int64_t strip = 0; strip < strips; strip++) {
+      const float *at = elements + strip * FM_LANES + first;
       for (int line = 0; line < FM_LANE_GROUP / LINE && ahead.next < ahead.end; line++, ahead.next += LINE) {
         __builtin_prefetch(ahead.next);
       }
@@ -288,8 +288,8 @@ static void square_lanes(double *lanes, const float *elements, int64_t rows, fm_
 #endif
 
 /* Halves on halves. */
-FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int used, int term, bool wide) {
-  const bool parts = fm_has_parts(term, wide);
+FM_INLINE fm_sum fold_lanes(fm_lanes *lanes, int used, int term, bool fp64) {
+  const bool parts = fm_has_parts(term, fp64);
   for (int half = used / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; l++) {
       const int k = l + half;
@@ -388,7 +388,7 @@ FM_INLINE const fm_view *copy_target(const fm_row *row, fm_shape shape) {
 
 #define FM_KERNEL(name)                                                                \
   static void name##_row(const fm_job *job, int64_t row, int64_t begin, int64_t end) { \
-    if (job->list->rows[row].wide) {                                                   \
+    if (job->list->rows[row].fp64) {                                                   \
       name##_f64(job, row, begin, end);                                                \
     } else {                                                                           \
       name##_f32(job, row, begin, end);                                                \

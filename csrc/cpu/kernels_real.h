@@ -1,9 +1,9 @@
 /* The loops of kernels.c for one type of arithmetic. Included twice: FM_REAL is float (float32, bfloat16 and float16
  * tensors) or double (float64 tensors, with float32 gradients or state allowed); FM_NATIVE is its fm_dtype. */
 
-/* One block of every slot, and the scratch that strided tensors are gathered in. */
+/* One block of every value, and the scratch that strided tensors are gathered in. */
 typedef struct FM_NAME(fm_blocks) {
-  FM_REAL slot[FM_SLOTS][FM_BLOCK];
+  FM_REAL value[FM_VALUES][FM_BLOCK];
   FM_REAL sink[FM_BLOCK]; /* what is written to an absent operand */
   double scratch[FM_BLOCK];
 } FM_NAME(fm_blocks);
@@ -88,7 +88,7 @@ static void FM_NAME(store)(const fm_view *v, int64_t at, int64_t n, const FM_REA
 /* Adds elements to lanes [first, first + count). v[k]: the elements of operand k, where the term needs them. */
 FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *const *v, int64_t at, int count,
                                   const fm_options *o, fm_way way) {
-  const bool wide = FM_NATIVE == FM_F64;
+  const bool fp64 = FM_NATIVE == FM_F64;
   const int term = way.term;
   const FM_REAL *g = v[FM_GRAD] + at, *w = v[FM_PARAM] + at;
   const FM_REAL *h = v[FM_CURVATURE] + at, *lipschitz = v[FM_LIPSCHITZ] + at;
@@ -111,21 +111,21 @@ FM_INLINE void FM_NAME(add_terms)(fm_lanes *lanes, int first, const FM_REAL *con
     const double x = way.full ? FM_NAME(fm_scaled_gradient)(w[l], g[l], way.scaling, o->eta) : (double)g[l];
     double *mid = &lanes->mid[k];
 #ifdef __FMA__
-    if (term == FM_TERM_SQUARE && !wide && !way.full) { /* a float's square is exact: one rounding */
+    if (term == FM_TERM_SQUARE && !fp64 && !way.full) { /* a float's square is exact: one rounding */
       *mid = fma(x, x, *mid);
       continue;
     }
 #endif
-    const fm_sum t = fm_term(fabs(x), term, wide, o);
+    const fm_sum t = fm_term(fabs(x), term, fp64, o);
     *mid = term == FM_TERM_LARGEST ? fm_larger_f64(*mid, t.mid) : *mid + t.mid;
-    if (fm_has_parts(term, wide)) {
+    if (fm_has_parts(term, fp64)) {
       lanes->big[k] += t.big;
       lanes->small[k] += t.small;
     }
   }
 }
 
-/* Whether square_lanes adds up the whole rows of lanes of n elements. It fills the lanes, which need not be clear. */
+/* Whether square_lanes adds up the whole strips of lanes of n elements. It fills the lanes, which need not be clear. */
 FM_INLINE bool FM_NAME(by_square_lanes)(fm_way way, int64_t n) {
 #ifdef __FMA__
   return way.term == FM_TERM_SQUARE && FM_NATIVE == FM_F32 && !way.full && n >= FM_LANES;
@@ -152,7 +152,7 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
   for (int k = 0; k < FM_MAX_OPERANDS; k++) {
     v[k] = blocks[0];
   }
-  const int64_t n = end - begin, rows = n / FM_LANES;
+  const int64_t n = end - begin, strips = n / FM_LANES;
   for (int b = 0; b < 4; b++) {
     if (reads & FM_BIT(operands[b])) {
       v[operands[b]] = FM_NAME(load)(&row->operand[operands[b]], begin, n, blocks[b], scratch);
@@ -161,14 +161,14 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
   int first = 0;
 #ifdef __FMA__
   if (FM_NAME(by_square_lanes)(way, n)) {
-    square_lanes(lanes->mid, (const float *)(const void *)v[FM_GRAD], rows, gradients_behind(list, r, end));
+    square_lanes(lanes->mid, (const float *)(const void *)v[FM_GRAD], strips, gradients_behind(list, r, end));
     first = FM_LANES;
   }
 #endif
-  for (; rows > 0 && first < FM_LANES; first += group) {
+  for (; strips > 0 && first < FM_LANES; first += group) {
     fm_lanes held;
     copy_lanes(&held, 0, lanes, first, group, parts);
-    for (int64_t i = first; i < rows * FM_LANES; i += FM_LANES) {
+    for (int64_t i = first; i < strips * FM_LANES; i += FM_LANES) {
       /* line after line of the next chunk: asked for in the order of the sums, 1 KB apart, it would come late */
       const int64_t line = FM_CACHE_LINE / (int64_t)sizeof(FM_REAL);
       const int64_t next = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + (i - first) / FM_LANES * group;
@@ -183,7 +183,7 @@ FM_INLINE void FM_NAME(add_chunk)(fm_lanes *lanes, const fm_list *list, int64_t 
     }
     copy_lanes(lanes, first, &held, 0, group, parts);
   }
-  FM_NAME(add_terms)(lanes, 0, v, rows * FM_LANES, (int)(n % FM_LANES), o, way);
+  FM_NAME(add_terms)(lanes, 0, v, strips * FM_LANES, (int)(n % FM_LANES), o, way);
 }
 
 /* One partial result per chunk. `full` is a constant where it is inlined, so that the common case loads no weights. */
@@ -237,21 +237,21 @@ FM_INLINE void FM_NAME(unpack)(fm_pack *pack, const FM_REAL *from) {
 
 /* Fills the lanes of every sum with the products of n elements. */
 FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *const *v, int64_t n, int used, int lists) {
-  const int64_t rows = n / FM_LANES;
+  const int64_t strips = n / FM_LANES;
   const int count = fm_dot_sums(lists);
-  if (rows == 0) {
+  if (strips == 0) {
     for (int pair = 0; pair < count; pair++) {
       clear(products->sum[pair], (size_t)used * sizeof(double));
     }
   }
-  for (int first = 0; rows > 0 && first < FM_LANES; first += FM_PACK) {
+  for (int first = 0; strips > 0 && first < FM_LANES; first += FM_PACK) {
     fm_pack x[FM_DOT_LISTS] = {{0.0}}, sum[FM_DOT_SUMS] = {{0.0}};
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t ahead = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + row * FM_PACK; /* as add_chunk */
+    for (int64_t strip = 0; strip < strips; strip++) {
+      const int64_t ahead = FM_CHUNK + first * (FM_CHUNK / FM_LANES) + strip * FM_PACK; /* as add_chunk */
 #pragma GCC unroll 4
       for (int k = 0; k < lists; k++) {
         __builtin_prefetch(v[k] + ahead);
-        FM_NAME(unpack)(&x[k], v[k] + row * FM_LANES + first);
+        FM_NAME(unpack)(&x[k], v[k] + strip * FM_LANES + first);
       }
 #pragma GCC unroll 10
       for (int pair = 0; pair < count; pair++) {
@@ -265,7 +265,7 @@ FM_INLINE void FM_NAME(multiply_chunk)(fm_products *products, const FM_REAL *con
   }
 #pragma GCC unroll 10
   for (int pair = 0; pair < count; pair++) {
-    const FM_REAL *a = v[fm_dot_a(lists, pair)] + rows * FM_LANES, *b = v[fm_dot_b(lists, pair)] + rows * FM_LANES;
+    const FM_REAL *a = v[fm_dot_a(lists, pair)] + strips * FM_LANES, *b = v[fm_dot_b(lists, pair)] + strips * FM_LANES;
     for (int l = 0; l < (int)(n % FM_LANES); l++) {
       /* Lanes below `used` are set, which the analyzer cannot follow. NOLINTNEXTLINE(clang-analyzer-core.*) */
       products->sum[pair][l] += (double)a[l] * (double)b[l];
@@ -302,7 +302,7 @@ static void FM_NAME(dot)(const fm_job *job, int64_t row, int64_t begin, int64_t 
 
 /* ---- updates ---- */
 
-/* Applies a rule to n elements; in[k] and out[k], the values of slot k, may be one memory. */
+/* Applies a rule to n elements; in[k] and out[k], those of value k, may be one memory. */
 FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *const *in, FM_REAL *const *out,
                                     int64_t n, const FM_NAME(fm_rule) * rule) {
   const fm_shape shape = fm_shape_of_form(update, form);
@@ -314,7 +314,7 @@ FM_INLINE void FM_NAME(apply_block)(fm_update update, int form, const FM_REAL *c
   FM_REAL *const tally_0 = out[FM_TALLY], *const tally_1 = out[FM_TALLY + 1], *const tally_2 = out[FM_TALLY + 2];
   FM_INDEPENDENT
   for (int64_t i = 0; i < n; i++) {
-    FM_REAL v[FM_SLOTS] = {0};
+    FM_REAL v[FM_VALUES] = {0};
 #define FM_GET(k)                \
   if (shape.reads & FM_BIT(k)) { \
     v[k] = in_##k[i];            \
@@ -378,46 +378,46 @@ FM_INLINE void FM_NAME(take_exact)(fm_lanes *lanes, const FM_NAME(fm_exact) * ex
   }
 }
 
-/* The slots of a block: where each is read and written. What is written and not read may be stored past the caches. */
-typedef struct FM_NAME(fm_slots) {
-  const FM_REAL *in[FM_SLOTS];
-  FM_REAL *out[FM_SLOTS];
-} FM_NAME(fm_slots);
+/* The places of a block: where each is read and written. What is written and not read may be stored past the caches. */
+typedef struct FM_NAME(fm_places) {
+  const FM_REAL *in[FM_VALUES];
+  FM_REAL *out[FM_VALUES];
+} FM_NAME(fm_places);
 
-/* What stays as it is over the blocks of a tensor, of which the first n elements of a slot are used: where there is an
+/* What stays as it is over the blocks of a tensor, of which the first n elements of a value are used: where there is an
  * operand, and the values of one that is absent. */
-FM_INLINE void FM_NAME(set_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t n,
-                                  FM_NAME(fm_blocks) * blocks) {
-  for (int k = 0; k < FM_SLOTS; k++) {
-    slots->in[k] = slots->out[k] = blocks->slot[k];
+FM_INLINE void FM_NAME(set_places)(FM_NAME(fm_places) * places, const fm_row *row, fm_shape shape, int64_t n,
+                                   FM_NAME(fm_blocks) * blocks) {
+  for (int k = 0; k < FM_VALUES; k++) {
+    places->in[k] = places->out[k] = blocks->value[k];
     if (k < FM_MAX_OPERANDS && row->operand[k].data == NULL) {
-      slots->out[k] = blocks->sink;
+      places->out[k] = blocks->sink;
       for (int64_t i = 0; (shape.reads & FM_BIT(k)) && i < n; i++) {
-        blocks->slot[k][i] = (FM_REAL)fm_default(k);
+        blocks->value[k][i] = (FM_REAL)fm_default(k);
       }
     }
   }
 }
 
-FM_INLINE void FM_NAME(open_slots)(FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t at, int64_t n,
-                                   FM_NAME(fm_blocks) * blocks, bool streaming) {
-#define FM_OPEN(k)                                                                                                   \
-  if ((shape.reads & FM_BIT(k)) && row->operand[k].data != NULL) {                                                   \
-    slots->in[k] = FM_NAME(load)(&row->operand[k], at, n, blocks->slot[k], blocks->scratch);                         \
-  }                                                                                                                  \
-  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                                  \
-    slots->out[k] = FM_NAME(target)(&row->operand[k], at, blocks->slot[k], streaming && !(shape.reads & FM_BIT(k))); \
+FM_INLINE void FM_NAME(open_places)(FM_NAME(fm_places) * places, const fm_row *row, fm_shape shape, int64_t at,
+                                    int64_t n, FM_NAME(fm_blocks) * blocks, bool streaming) {
+#define FM_OPEN(k)                                                                                                     \
+  if ((shape.reads & FM_BIT(k)) && row->operand[k].data != NULL) {                                                     \
+    places->in[k] = FM_NAME(load)(&row->operand[k], at, n, blocks->value[k], blocks->scratch);                         \
+  }                                                                                                                    \
+  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                                    \
+    places->out[k] = FM_NAME(target)(&row->operand[k], at, blocks->value[k], streaming && !(shape.reads & FM_BIT(k))); \
   }
   FM_EACH_OPERAND(FM_OPEN)
 #undef FM_OPEN
 }
 
-FM_INLINE void FM_NAME(close_slots)(const FM_NAME(fm_slots) * slots, const fm_row *row, fm_shape shape, int64_t at,
-                                    int64_t n, FM_NAME(fm_blocks) * blocks, const uint32_t *random, bool streaming) {
-#define FM_CLOSE(k)                                                                                          \
-  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                          \
-    FM_NAME(store)(&row->operand[k], at, n, slots->out[k], blocks->scratch, (k) == FM_PARAM ? random : NULL, \
-                   streaming && !(shape.reads & FM_BIT(k)));                                                 \
+FM_INLINE void FM_NAME(close_places)(const FM_NAME(fm_places) * places, const fm_row *row, fm_shape shape, int64_t at,
+                                     int64_t n, FM_NAME(fm_blocks) * blocks, const uint32_t *random, bool streaming) {
+#define FM_CLOSE(k)                                                                                           \
+  if ((shape.writes & FM_BIT(k)) && row->operand[k].data != NULL) {                                           \
+    FM_NAME(store)(&row->operand[k], at, n, places->out[k], blocks->scratch, (k) == FM_PARAM ? random : NULL, \
+                   streaming && !(shape.reads & FM_BIT(k)));                                                  \
   }
   FM_EACH_OPERAND(FM_CLOSE)
 #undef FM_CLOSE
@@ -435,7 +435,7 @@ FM_INLINE bool FM_NAME(is_plain)(const fm_row *row, fm_shape shape) {
 /* A whole block of a plain update: straight text for one length, much faster in cache. So few instructions go by a
  * line of memory that the processor has the next lines under way, and asking for them ahead only costs time
  * (docs/performance.md). */
-FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_slots) * slots, const fm_row *row,
+FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(fm_places) * places, const fm_row *row,
                                            fm_shape shape, int64_t at, FM_NAME(fm_blocks) * blocks,
                                            const FM_NAME(fm_rule) * rule, bool moves, bool streaming) {
   const int64_t offset = at * (int64_t)sizeof(FM_REAL);
@@ -446,18 +446,18 @@ FM_INLINE void FM_NAME(update_plain_block)(fm_update update, int form, FM_NAME(f
   if (!moves || (shape.reads | shape.writes) == 0) {
     return;
   }
-#define FM_PLACE(k)                                                                    \
-  if (((shape.reads | shape.writes) & FM_BIT(k)) && row->operand[k].data != NULL) {    \
-    FM_REAL *const place = (FM_REAL *)(void *)(row->operand[k].data + offset);         \
-    slots->in[k] = place;                                                              \
-    slots->out[k] = streaming && !(shape.reads & FM_BIT(k)) ? blocks->slot[k] : place; \
+#define FM_PLACE(k)                                                                      \
+  if (((shape.reads | shape.writes) & FM_BIT(k)) && row->operand[k].data != NULL) {      \
+    FM_REAL *const place = (FM_REAL *)(void *)(row->operand[k].data + offset);           \
+    places->in[k] = place;                                                               \
+    places->out[k] = streaming && !(shape.reads & FM_BIT(k)) ? blocks->value[k] : place; \
   }
 #define FM_STREAM(k)                                                                            \
   if ((shape.writes & ~shape.reads & FM_BIT(k)) && row->operand[k].data != NULL && streaming) { \
-    put_bytes(row->operand[k].data + offset, (const char *)blocks->slot[k], bytes, true);       \
+    put_bytes(row->operand[k].data + offset, (const char *)blocks->value[k], bytes, true);      \
   }
   FM_EACH_OPERAND(FM_PLACE)
-  FM_NAME(apply_block)(update, form, slots->in, slots->out, FM_BLOCK, rule);
+  FM_NAME(apply_block)(update, form, places->in, places->out, FM_BLOCK, rule);
   FM_EACH_OPERAND(FM_STREAM)
 #undef FM_PLACE
 #undef FM_STREAM
@@ -481,13 +481,13 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   __asm__("" : "+m"(given));           /* gcc would see what its flags are made of, and have bools again */
   const FM_NAME(fm_rule) rule = given; /* which no store can reach, so that it stays in registers */
   FM_NAME(fm_blocks) blocks;
-  FM_NAME(fm_slots) slots;
+  FM_NAME(fm_places) places;
   fm_stream stream;
   uint32_t words[FM_BLOCK];
   if (random || (shape.reads & FM_BIT(FM_DRAW))) {
     open_stream(&stream, o, o == &own ? own.tensor : (uint32_t)r);
   }
-  FM_NAME(set_slots)(&slots, row, shape, min64(FM_BLOCK, end - begin), &blocks);
+  FM_NAME(set_places)(&places, row, shape, min64(FM_BLOCK, end - begin), &blocks);
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {
     const int64_t chunk_end = min64(chunk + FM_CHUNK, end);
     const int used = lanes_of(chunk_end - chunk);
@@ -501,7 +501,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
     for (int64_t at = chunk; at < chunk_end; at += FM_BLOCK) {
       const int64_t n = min64(FM_BLOCK, chunk_end - at);
       if (plain && n == FM_BLOCK) {
-        FM_NAME(update_plain_block)(update, form, &slots, row, shape, at, &blocks, &rule, moves, job->streaming);
+        FM_NAME(update_plain_block)(update, form, &places, row, shape, at, &blocks, &rule, moves, job->streaming);
         continue;
       }
       if (shape.copy != FM_COPY_NOTHING) {
@@ -511,26 +511,26 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
       if (!moves || (shape.reads | shape.writes) == 0) {
         continue;
       }
-      FM_NAME(open_slots)(&slots, row, shape, at, n, &blocks, job->streaming);
+      FM_NAME(open_places)(&places, row, shape, at, n, &blocks, job->streaming);
       if (shape.reads & FM_BIT(FM_DRAW)) {
         if (FM_NATIVE == FM_F32) {
-          draw_block(&stream, law, at, (float *)(void *)blocks.slot[FM_DRAW]);
+          draw_block(&stream, law, at, (float *)(void *)blocks.value[FM_DRAW]);
         } else {
           float draws[FM_BLOCK];
           draw_block(&stream, law, at, draws);
           for (int i = 0; i < FM_BLOCK; i++) {
-            blocks.slot[FM_DRAW][i] = (FM_REAL)draws[i];
+            blocks.value[FM_DRAW][i] = (FM_REAL)draws[i];
           }
         }
       }
-      FM_NAME(apply_block)(update, form, slots.in, slots.out, n, &rule);
+      FM_NAME(apply_block)(update, form, places.in, places.out, n, &rule);
       if (tallies) {
-        FM_NAME(add_tally)(&lanes, &exact, (at - chunk) % FM_LANES, slots.out, n, shape.tally);
+        FM_NAME(add_tally)(&lanes, &exact, (at - chunk) % FM_LANES, places.out, n, shape.tally);
       }
       if (random) {
         random_block(&stream, at, words);
       }
-      FM_NAME(close_slots)(&slots, row, shape, at, n, &blocks, random ? words : NULL, job->streaming);
+      FM_NAME(close_places)(&places, row, shape, at, n, &blocks, random ? words : NULL, job->streaming);
     }
     if (tallies) {
       FM_NAME(take_exact)(&lanes, &exact, used, shape.tally);

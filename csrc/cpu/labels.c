@@ -137,8 +137,8 @@ static void corrupt(const fm_label_job *job, int64_t begin, int64_t end) {
     } else {
       random_block(&stream, (int64_t)part.number, words);
     }
-    (job->noise.slots > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead, job->out + at,
-                                                        part.count);
+    (job->noise.entries > 0 ? look_up_block : move_block)(&job->noise, job->labels + at, words + part.lead,
+                                                          job->out + at, part.count);
     at += part.count;
   }
 }

@@ -9,7 +9,7 @@ FM_HD FM_REAL FM_NAME(fm_scaling)(FM_REAL w, int scaling, FM_REAL eta) {
 
 /* T(w) g as the norm and its powers see it, in double: the product of two floats is exact there. */
 FM_HD double FM_NAME(fm_scaled_gradient)(FM_REAL w, FM_REAL g, int scaling, double eta) {
-  return scaling == FM_SCALE_BIG_VISION ? (double)g : fm_scaling_wide(w, scaling, eta) * (double)g;
+  return scaling == FM_SCALE_BIG_VISION ? (double)g : fm_scaling_double(w, scaling, eta) * (double)g;
 }
 
 /* Whether an ascent moves anything. A zero or non-finite norm, radius or step does not: a skipped AMP step must not
@@ -34,7 +34,7 @@ FM_HD FM_REAL FM_NAME(fm_ascend_q)(FM_REAL w, FM_REAL g, int scaling, const fm_o
   double power = isinf(o->q)   ? (x == o->norm ? 1.0 : 0.0)
                  : o->q == 1.0 ? (x > 0.0 ? 1.0 : 0.0)
                                : fm_pow(x / (o->norm + o->eps), o->q - 1.0);
-  double e = o->rho * fm_scaling_wide(w, scaling, o->eta) * power;
+  double e = o->rho * fm_scaling_double(w, scaling, o->eta) * power;
   return w + (FM_REAL)(g > 0 ? e : g < 0 ? -e : 0.0);
 }
 

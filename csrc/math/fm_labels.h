@@ -7,7 +7,7 @@
  *   moved   words below `threshold` move label y to (y + offset + r) mod C, where r is uniform on [0, span): offset 1
  *           and span C - 1 draw one of the other classes, offset 0 and span C any class, offset 1 and span 1 the next.
  *           The move has its probability to 2^-32, each r its own to 2^-30.
- *   table   row y of `bounds` and `targets` has `slots` entries: the label becomes the target of the first slot whose
+ *   table   row y of `bounds` and `targets` has `entries` each: the label becomes the target of the first whose
  *           bound the word is below. Bounds ascend, and the last is 2^32. */
 #ifndef FM_LABELS_H
 #define FM_LABELS_H
@@ -19,7 +19,7 @@ typedef struct fm_label_noise {
   uint64_t threshold;       /* at most 2^32 */
   uint32_t span, offset;
   uint32_t stretch, factor; /* of words below the threshold to all 32 bits; fm_label_noise_plan */
-  int64_t slots;            /* 0: the first form */
+  int64_t entries;          /* 0: the first form */
   const int64_t *bounds, *targets;
 } fm_label_noise;
 
@@ -47,15 +47,15 @@ FM_HD int64_t fm_label_moved(const fm_label_noise *n, int64_t label, uint32_t wo
 }
 
 FM_HD int64_t fm_label_from_table(const fm_label_noise *n, int64_t label, uint32_t word) {
-  const int64_t *bounds = n->bounds + label * n->slots;
-  int64_t first = 0, count = n->slots - 1; /* the last slot needs no comparison */
+  const int64_t *bounds = n->bounds + label * n->entries;
+  int64_t first = 0, count = n->entries - 1; /* the last entry needs no comparison */
   while (count > 0) {
     const int64_t half = (count + 1) / 2;
     const bool above = (int64_t)word >= bounds[first + half - 1];
     first = above ? first + half : first;
     count = above ? count - half : half - 1;
   }
-  return n->targets[label * n->slots + first];
+  return n->targets[label * n->entries + first];
 }
 
 FM_HD bool fm_label_in_range(const fm_label_noise *n, int64_t label) { return (uint64_t)label < (uint64_t)n->classes; }

@@ -23,11 +23,11 @@ enum {
   FM_MAX_OPERANDS,
   FM_DRAW = FM_MAX_OPERANDS, /* a random number of the element */
   FM_TALLY,                  /* three values that are added up beside the update */
-  FM_SLOTS = FM_TALLY + 3,
+  FM_VALUES = FM_TALLY + 3,
 };
 
-/* The set of operand `slot`. */
-#define FM_BIT(slot) (1u << (slot))
+/* The set of one operand. */
+#define FM_BIT(operand) (1u << (operand))
 
 /* X(k) for each operand k, in straight text, so that arrays of operands become registers. */
 #define FM_EACH_OPERAND(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)

@@ -57,9 +57,9 @@ enum {
   FM_TERM_DOT
 };
 
-/* Whether partial results have more than their first number. `wide`: of float64. */
-FM_HD bool fm_has_parts(int term, bool wide) {
-  return (term == FM_TERM_SQUARE && wide) || term == FM_TERM_PACGEN || term == FM_TERM_NOISE || term == FM_TERM_DOT;
+/* Whether partial results have more than their first number. `fp64`: of float64. */
+FM_HD bool fm_has_parts(int term, bool fp64) {
+  return (term == FM_TERM_SQUARE && fp64) || term == FM_TERM_PACGEN || term == FM_TERM_NOISE || term == FM_TERM_DOT;
 }
 
 /* ---- inner products ---- */
@@ -154,11 +154,11 @@ FM_HD double fm_pacgen_of(fm_sum s) {
   return s.rest != s.rest ? s.rest : 0.5 * ln2 * (s.mid + fm_log2((1.0 + s.big) / (1.0 + s.small)));
 }
 
-/* What |T g| = x adds to the sums. `wide`: x comes from float64 and its square may leave the range. */
-FM_HD fm_sum fm_term(double x, int term, bool wide, const fm_options *o) {
+/* What |T g| = x adds to the sums. `fp64`: x comes from float64 and its square may leave the range. */
+FM_HD fm_sum fm_term(double x, int term, bool fp64, const fm_options *o) {
   fm_sum t;
   t.big = t.small = t.rest = 0.0;
-  if (term == FM_TERM_SQUARE && wide) {
+  if (term == FM_TERM_SQUARE && fp64) {
     const bool big = x > FM_BLUE_BIG, small = x < FM_BLUE_SMALL;
     const double scaled = x * (big ? FM_BLUE_SCALE_BIG : small ? FM_BLUE_SCALE_SMALL : 1.0), square = scaled * scaled;
     t.mid = big || small ? 0.0 : square;

@@ -18,7 +18,7 @@
 typedef enum fm_copy { FM_COPY_NOTHING, FM_COPY_TO_BACKUP, FM_COPY_FROM_BACKUP } fm_copy;
 
 /* How the forms of an update are told apart, each compiled for itself: the kind, how many forms there are, which one it
- * is by the options `o`, the traits `t` and the operands that are `present`, and which slots a form has not. */
+ * is by the options `o`, the traits `t` and the operands that are `present`, and which operands a form has not. */
 enum { FM_FORM_ANY_POWER = 4, FM_FORMS = 8 };
 #define FM_FORM_KINDS(X)                                                                 \
   X(FM_ONE_FORM, 1, 0, 0)                                                                \
@@ -132,7 +132,7 @@ FM_HD int fm_form_count(fm_update update) {
   return 0;
 }
 
-/* The slots that a form has not. */
+/* The operands that a form has not. */
 FM_HD unsigned fm_absent(fm_update update, int form) {
   const fm_shape shape = fm_shape_of(update);
   const fm_form_kind forms = shape.forms;
@@ -165,7 +165,7 @@ FM_HD double fm_default(int operand) { return operand == FM_LIPSCHITZ ? 1.0 : 0.
 /* ---- the update rules, once for float and once for double ---- */
 
 /* T(w) in double, as the norm sees it. */
-FM_HD double fm_scaling_wide(double w, int scaling, double eta) {
+FM_HD double fm_scaling_double(double w, int scaling, double eta) {
   return scaling == FM_SCALE_NONE ? 1.0 : scaling == FM_SCALE_ASAM ? fabs(w) + eta : fabs(w);
 }
 

@@ -73,7 +73,7 @@ static bool take_table(fm_args *args, int bounds, int targets, fm_label_noise *n
                    " classes",
                    b->numel, t->numel, noise->classes);
   }
-  noise->slots = b->numel / noise->classes;
+  noise->entries = b->numel / noise->classes;
   noise->bounds = (const int64_t *)(const void *)b->data;
   noise->targets = (const int64_t *)(const void *)t->data;
   return true;
@@ -124,7 +124,7 @@ bool op_draw_samples(fm_args *args, StableIValue *stack) {
   enum { INDEX, KEY, COUNT, INNER, LAW };
   fm_draw_job job = {.law = (int)args->arg[LAW].integer};
   int64_t sizes[2] = {0, 0};
-  fm_slot result = {.tensor = NULL};
+  fm_stack_value result = {.tensor = NULL};
   void *data = NULL;
   if (job.law != FM_LAW_UNIFORM && job.law != FM_LAW_NORMAL && job.law != FM_LAW_RADEMACHER) {
     return fm_fail(args, "law: %" PRId64 " given, but it is 0 (uniform), 1 (normal) or 3 (rademacher)",

@@ -104,7 +104,7 @@ static void add_if_any(const fm_args *args, fm_lists *lists, const char *name, i
 
 /* ---- results ---- */
 
-static bool new_result(fm_args *args, int64_t dims, const int64_t *sizes, fm_slot *result, double **data) {
+static bool new_result(fm_args *args, int64_t dims, const int64_t *sizes, fm_stack_value *result, double **data) {
   const int64_t strides[2] = {dims == 2 ? sizes[1] : 1, 1};
   void *memory = NULL;
   if (aoti_torch_empty_strided(dims, sizes, strides, aoti_torch_dtype_float64(), args->device_type, args->device_index,
@@ -119,7 +119,7 @@ static bool new_result(fm_args *args, int64_t dims, const int64_t *sizes, fm_slo
 /* Runs an operator that returns a float64 tensor of these sizes, summed over chunks. */
 static bool run_to_result(fm_args *args, fm_operator op, fm_update update, fm_list *list, const fm_options *o,
                           const fm_scalars *scalars, int64_t dims, const int64_t *sizes, StableIValue *stack) {
-  fm_slot result = {.tensor = NULL};
+  fm_stack_value result = {.tensor = NULL};
   double *data = NULL;
   const int planes = op == FM_OP_DOT ? fm_dot_planes(o->lists) : 1;
   if (!fm_take_partials(args, fm_this_backend.partials, planes, list) ||

@@ -121,7 +121,7 @@ static bool op_sam_norm_ascend_(fm_args *args, StableIValue *stack) {
   fm_options o = {0};
   fm_scalars s = {0};
   fm_list list = {0};
-  fm_slot result = {.tensor = NULL};
+  fm_stack_value result = {.tensor = NULL};
   double *norm = NULL;
   if (!take_ascent(args, &o, &s, &list)) {
     return false;
@@ -219,7 +219,7 @@ static bool take_stepped(fm_args *args, const fm_lists *lists, fm_list *list) {
 static bool run_step(fm_args *args, fm_update step, fm_list *list, const fm_options *o, fm_scalars *s,
                      StableIValue *stack) {
   const int64_t none = 0;
-  fm_slot result = {.tensor = NULL};
+  fm_stack_value result = {.tensor = NULL};
   double *data = NULL;
   if (length(args, "curvatures") > 0) {
     return fm_take_scalars(args, find(args, "corrections"), 2, &s->corrections) &&
@@ -457,13 +457,13 @@ static bool op_curvature_(fm_args *args, StableIValue *stack) {
 
 static bool op_isa(fm_args *args, StableIValue *stack) {
   (void)args;
-  stack[0] = (fm_slot){.integer = fm_this_backend.isa()}.value;
+  stack[0] = (fm_stack_value){.integer = fm_this_backend.isa()}.value;
   return true;
 }
 
 static bool op_best_isa(fm_args *args, StableIValue *stack) {
   (void)args;
-  stack[0] = (fm_slot){.integer = fm_this_backend.best_isa()}.value;
+  stack[0] = (fm_stack_value){.integer = fm_this_backend.best_isa()}.value;
   return true;
 }
 

@@ -32,7 +32,7 @@ AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char *schem
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char *name,
                                   void (*fn)(StableIValue *, uint64_t, uint64_t), uint64_t extension_build_version);
 
-/* Lists. A boxed kernel owns the list handle in its slot; get_item returns a new reference that is ours too. */
+/* Lists. A boxed kernel owns the list handle on its stack; get_item returns a new reference that is ours too. */
 AOTITorchError torch_list_size(StableListHandle list_handle, size_t *size);
 AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue *element);
 AOTITorchError torch_delete_list(StableListHandle list_handle);

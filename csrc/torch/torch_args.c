@@ -75,7 +75,7 @@ static bool describe(fm_args *args, AtenTensorHandle handle, fm_tensor *t) {
 static void open_list(fm_args *args, fm_arg *arg, StableIValue value) {
   size_t size = 0;
   arg->is_list = true;
-  arg->list = (fm_slot){.value = value}.list;
+  arg->list = (fm_stack_value){.value = value}.list;
   if (torch_list_size(arg->list, &size)) {
     fm_fail(args, "%s: torch's C interface refused the list", arg->name);
     return;
@@ -93,7 +93,7 @@ static void open_list(fm_args *args, fm_arg *arg, StableIValue value) {
       fm_fail(args, "%s[%zu]: torch's C interface refused the element", arg->name, i);
       return;
     }
-    handles[i] = (fm_slot){.value = element}.tensor;
+    handles[i] = (fm_stack_value){.value = element}.tensor;
     arg->count++;
     memset(&tensors[i], 0, sizeof tensors[i]);
     describe(args, handles[i], &tensors[i]);
@@ -101,7 +101,7 @@ static void open_list(fm_args *args, fm_arg *arg, StableIValue value) {
 }
 
 static void open_tensor(fm_args *args, fm_arg *arg, StableIValue value) {
-  arg->tensor = (fm_slot){.value = value}.tensor;
+  arg->tensor = (fm_stack_value){.value = value}.tensor;
   arg->tensors = fm_args_alloc(args, sizeof *arg->tensors);
   if (arg->tensors != NULL) {
     memset(arg->tensors, 0, sizeof *arg->tensors);
@@ -127,11 +127,11 @@ void fm_args_open(fm_args *args, int32_t device_type, const char *schema, const 
     } else if (*at == 'T') {
       open_tensor(args, arg, value);
     } else if (*at == 'f') {
-      arg->number = (fm_slot){.value = value}.number;
+      arg->number = (fm_stack_value){.value = value}.number;
     } else if (*at == 'b') {
-      arg->integer = (value & 0xff) != 0; /* a bool fills one byte of its slot */
+      arg->integer = (value & 0xff) != 0; /* a bool fills one byte of its value */
     } else {
-      arg->integer = (fm_slot){.value = value}.integer;
+      arg->integer = (fm_stack_value){.value = value}.integer;
     }
     at = name + length;
     at += strspn(at, ", ");
@@ -358,7 +358,7 @@ static bool take_lead(fm_args *args, const fm_operand *lead, fm_list *list) {
       return false;
     }
     list->rows[i].numel = arg->tensors[i].numel;
-    list->rows[i].wide = view->dtype == FM_F64;
+    list->rows[i].fp64 = view->dtype == FM_F64;
   }
   fm_list_plan(list);
   return true;
@@ -395,7 +395,7 @@ static bool take_operand(fm_args *args, const fm_operand *first, const fm_operan
         !order_of(args, lead, &lead->tensors[i], &order, i) || !lay_out(args, &arg->tensors[i], &order, view)) {
       return false;
     }
-    list->rows[i].wide |= view->dtype == FM_F64;
+    list->rows[i].fp64 |= view->dtype == FM_F64;
   }
   return true;
 }
@@ -448,7 +448,7 @@ bool fm_take_filters(fm_args *args, int a, int operand, bool whole, fm_list *lis
         list->rows[r].operand[operand].data += f * apart * (int64_t)fm_dtype_size(view.dtype);
       }
       list->rows[r].numel = filter.numel;
-      list->rows[r].wide = view.dtype == FM_F64;
+      list->rows[r].fp64 = view.dtype == FM_F64;
     }
   }
   fm_list_plan(list);

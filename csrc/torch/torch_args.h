@@ -11,14 +11,14 @@
 
 enum { FM_MAX_ARGS = 24, FM_NAME_LENGTH = 32, FM_LABEL_LENGTH = FM_NAME_LENGTH + 24, FM_ERROR_LENGTH = 384 };
 
-/* A slot of torch's stack, by what the schema says is in it. */
-typedef union fm_slot {
+/* A value on torch's stack, by what the schema says is in it. */
+typedef union fm_stack_value {
   StableIValue value;
   AtenTensorHandle tensor;
   StableListHandle list;
   double number;
   int64_t integer;
-} fm_slot;
+} fm_stack_value;
 
 /* A tensor as torch describes it; data, sizes and strides are borrowed from what its argument holds. */
 typedef struct fm_tensor {

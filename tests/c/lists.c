@@ -74,7 +74,7 @@ fm_list make_list_of(const int64_t *sizes, int64_t count, fm_dtype dtype, unsign
       }
     }
     row->numel = sizes[r];
-    row->wide = dtype == FM_F64;
+    row->fp64 = dtype == FM_F64;
     row->traits = (fm_traits){(int)(r % 4), 0.3, 0.7};
   }
   fm_list_plan(&list);

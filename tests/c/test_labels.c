@@ -47,7 +47,7 @@ void test_label_shares(void) {
 
 /* ---- kernels ---- */
 
-enum { SAMPLES = 29, CLASSES = 11, SLOTS = 3 };
+enum { SAMPLES = 29, CLASSES = 11, ENTRIES = 3 };
 
 static uint64_t number_of(const fm_samples *s, int64_t at) {
   return s->index == NULL ? (uint64_t)at
@@ -65,7 +65,7 @@ static int64_t stated(const fm_label_job *job, int64_t at) {
   if (y < 0 || y >= CLASSES) {
     return y;
   }
-  return job->noise.slots > 0 ? fm_label_from_table(&job->noise, y, word) : fm_label_moved(&job->noise, y, word);
+  return job->noise.entries > 0 ? fm_label_from_table(&job->noise, y, word) : fm_label_moved(&job->noise, y, word);
 }
 
 static int64_t *more_integers(int64_t count) { return malloc((size_t)count * sizeof(int64_t)); }
@@ -116,15 +116,15 @@ static void check_draws(const fm_samples *samples, int law) {
 }
 
 void test_label_kernels(void) {
-  static const int64_t row_bounds[SLOTS] = {1ll << 31, (1ll << 31) + 5, 1ll << 32};
-  int64_t bounds[CLASSES * SLOTS], targets[CLASSES * SLOTS];
-  for (int i = 0; i < CLASSES * SLOTS; i++) {
-    bounds[i] = row_bounds[i % SLOTS];
-    targets[i] = (i / SLOTS + i % SLOTS) % CLASSES;
+  static const int64_t row_bounds[ENTRIES] = {1ll << 31, (1ll << 31) + 5, 1ll << 32};
+  int64_t bounds[CLASSES * ENTRIES], targets[CLASSES * ENTRIES];
+  for (int i = 0; i < CLASSES * ENTRIES; i++) {
+    bounds[i] = row_bounds[i % ENTRIES];
+    targets[i] = (i / ENTRIES + i % ENTRIES) % CLASSES;
   }
   fm_label_noise noises[3] = {{.classes = CLASSES, .threshold = 1ull << 32, .span = CLASSES - 1, .offset = 1},
                               {.classes = CLASSES, .threshold = 3000000000u, .span = CLASSES, .offset = 0},
-                              {.classes = CLASSES, .slots = SLOTS, .bounds = bounds, .targets = targets}};
+                              {.classes = CLASSES, .entries = ENTRIES, .bounds = bounds, .targets = targets}};
   const uint64_t key[2] = {0x299f31d0a4093822u, 0xfffeull << 32 | 3};
   const int64_t inners[] = {1, 3, 31, 32, 33, 130}; /* elements of a sample: around where they get a block */
   int64_t index[SAMPLES];

@@ -63,7 +63,7 @@ void test_words(void) {
     fm_row rows[WORDS_ROWS];
     int64_t first_chunk[WORDS_ROWS + 1];
     for (int r = 0; r < WORDS_ROWS; r++) {
-      rows[r] = (fm_row){.operand = {{(char *)memory, &upon, (fm_dtype)type}}, .wide = type == FM_F64};
+      rows[r] = (fm_row){.operand = {{(char *)memory, &upon, (fm_dtype)type}}, .fp64 = type == FM_F64};
       rows[r].numel = (int64_t)FM_CHUNK << LOG_CHUNKS;
     }
     fm_list list = {rows, WORDS_ROWS, first_chunk, NULL};

@@ -168,7 +168,7 @@ void test_extremes(void) {
   const double scales[] = {5e-324, 1e-300, 1e-160, 1e-154, 1.0, 1e150, 1e155, 1e300};
   const int64_t places[] = {0, 1, 127, 128, 255, 256, 4095, 4096, COUNT - 1};
   double *values = malloc(COUNT * sizeof *values);
-  fm_row row = {.wide = true, .numel = COUNT, .operand = {[FM_GRAD] = {(char *)values, NULL, FM_F64}}};
+  fm_row row = {.fp64 = true, .numel = COUNT, .operand = {[FM_GRAD] = {(char *)values, NULL, FM_F64}}};
   int64_t first_chunk[2];
   fm_sum partials[2];
   fm_list list = {&row, 1, first_chunk, partials};
@@ -402,7 +402,7 @@ void test_pacgen(void) {
 static void check_pacgen_overflow(void) {
   enum { COUNT = 1024 };
   double w[COUNT], h[COUNT] = {0.0}, result[2];
-  fm_row row = {.wide = true, .numel = COUNT, .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
+  fm_row row = {.fp64 = true, .numel = COUNT, .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
   row.operand[FM_CURVATURE] = (fm_view){(char *)h, NULL, FM_F64};
   int64_t first_chunk[2];
   fm_sum partial;
@@ -455,7 +455,7 @@ void test_pacgen_limits(void) {
   o.eps = 0.0;
   o.lipschitz = 0.0;
   for (int r = 0; r < CASES; r++) {
-    rows[r] = (fm_row){.numel = FEW, .wide = cases[r].type == FM_F64};
+    rows[r] = (fm_row){.numel = FEW, .fp64 = cases[r].type == FM_F64};
     rows[r].operand[FM_PARAM] = (fm_view){(char *)memory[r][0], NULL, cases[r].type};
     rows[r].operand[FM_CURVATURE] = (fm_view){(char *)memory[r][1], NULL, cases[r].type};
     for (int64_t i = 0; i < FEW; i++) {
@@ -519,7 +519,7 @@ void test_pacgen_products(void) {
     o.eps = k % 4 == 2 ? 0.25 : 0.0;
     o.lipschitz = falls ? 0.0 : 0.3;
     for (size_t s = 0; s < 2 * sizeof sizes / sizeof *sizes; s++) {
-      fm_row row = {.wide = true, .numel = sizes[s / 2], .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
+      fm_row row = {.fp64 = true, .numel = sizes[s / 2], .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
       row.operand[FM_CURVATURE] = (fm_view){(char *)h, NULL, FM_F64};
       row.operand[FM_LIPSCHITZ] = (fm_view){s % 2 == 0 ? (char *)rho : NULL, NULL, FM_F64};
       int64_t first_chunk[2];

@@ -31,22 +31,22 @@ void test_forms(void) {
 /* One element's operands, in place. */
 static void apply(const fm_row *row, const update_case *c, double *v) {
   const int form = form_of(c, row);
-  if (row->wide) {
+  if (row->fp64) {
     fm_rule_f64 rule;
     memset(&rule, 0, sizeof rule);
     fm_set_rule_f64(&rule, c->update, &c->options, &row->traits);
     fm_apply_f64(c->update, form, v, &rule);
     return;
   }
-  float narrow[FM_SLOTS];
-  for (int k = 0; k < FM_SLOTS; k++) {
+  float narrow[FM_VALUES];
+  for (int k = 0; k < FM_VALUES; k++) {
     narrow[k] = (float)v[k];
   }
   fm_rule_f32 rule;
   memset(&rule, 0, sizeof rule);
   fm_set_rule_f32(&rule, c->update, &c->options, &row->traits);
   fm_apply_f32(c->update, form, narrow, &rule);
-  for (int k = 0; k < FM_SLOTS; k++) {
+  for (int k = 0; k < FM_VALUES; k++) {
     v[k] = (double)narrow[k];
   }
 }
@@ -58,7 +58,7 @@ static void put_by_chance(const fm_view *v, int64_t i, double x, uint32_t word) 
 }
 
 static bool moves(const fm_row *row, const update_case *c) {
-  return c->update != FM_ASCEND || (row->wide ? fm_ascend_moves_f64(&c->options) : fm_ascend_moves_f32(&c->options));
+  return c->update != FM_ASCEND || (row->fp64 ? fm_ascend_moves_f64(&c->options) : fm_ascend_moves_f32(&c->options));
 }
 
 static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_case *c, long double *tally) {
@@ -67,7 +67,7 @@ static void plain_element(const fm_row *row, int64_t r, int64_t i, const update_
   const bool saves = shape.copy == FM_COPY_TO_BACKUP && row->operand[FM_OLD].data != NULL;
   const fm_view *param = &row->operand[FM_PARAM], *old = &row->operand[FM_OLD];
   const fm_quad words = fm_random_quad(o->seed, o->step, (uint32_t)r, (uint64_t)i / 4);
-  double v[FM_SLOTS] = {0.0};
+  double v[FM_VALUES] = {0.0};
   for (int k = 0; k < FM_MAX_OPERANDS; k++) {
     v[k] = row->operand[k].data != NULL ? get(&row->operand[k], i) : fm_default(k);
   }
@@ -446,7 +446,7 @@ void test_zero_coefficients(void) {
 void test_lion(void) {
   double old[] = {1.0, -2.0, 4.0, 0.5}, w[4] = {9.0, 9.0, 9.0, 9.0}, m[] = {0.5, -1.0, 0.75, 0.0};
   double g[] = {1.0, -3.0, -0.75 * 3.0, NAN};
-  fm_row row = {.wide = true, .numel = 4, .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
+  fm_row row = {.fp64 = true, .numel = 4, .operand = {[FM_PARAM] = {(char *)w, NULL, FM_F64}}};
   row.operand[FM_OLD] = (fm_view){(char *)old, NULL, FM_F64};
   row.operand[FM_GRAD] = (fm_view){(char *)g, NULL, FM_F64};
   row.operand[FM_MEAN] = (fm_view){(char *)m, NULL, FM_F64};

@@ -48,7 +48,7 @@ static void swap_rows(fm_list *a, fm_list *b, int64_t r) {
 
 /* The chunks and their fold, and once more if the largest must come first. */
 static int64_t launches_of_norm(const fm_list *list, double q) {
-  const bool once = q == 2.0 || isinf(q) || (q == 1.0 && !fm_any_wide(list));
+  const bool once = q == 2.0 || isinf(q) || (q == 1.0 && !fm_any_fp64(list));
   return (once ? 1 : 2) * (list->first_chunk[list->count] > 0 ? 2 : 1);
 }
 

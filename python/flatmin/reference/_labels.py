@@ -42,7 +42,7 @@ def corrupt_labels(
 
     Without a table a word below ``threshold`` makes of label y the label (y + offset + r) mod classes, r uniform on
     [0, span): the word, stretched from [0, threshold) to 32 bits, times span. With one, ``bounds`` and ``targets``
-    [classes, slots], the label becomes the target of the first slot of row y whose bound the word is below.
+    [classes, entries], the label becomes the target of the first entry of row y whose bound the word is below.
     """
     flat = labels.flatten()
     inside = (flat >= 0) & (flat < classes)
@@ -57,8 +57,8 @@ def corrupt_labels(
     word = _words(element_numbers(index, flat.numel()), key)
     if bounds.numel():
         rows = bounds.view(classes, -1)[y, :-1]
-        slot = (word.unsqueeze(1) >= rows).sum(1)
-        noisy = targets.view(classes, -1)[y, slot]
+        entry = (word.unsqueeze(1) >= rows).sum(1)
+        noisy = targets.view(classes, -1)[y, entry]
     else:
         stretch = max(32 - max(threshold, 1).bit_length(), 0)
         factor = min(2**63 // (max(threshold, 1) << stretch), 2**32 - 1)
