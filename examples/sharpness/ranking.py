@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pacgen"))
 
 import numpy as np
 import torch.nn.functional as F
-from sweeps import BATCH, MOMENTUM, RATE, SWEEPS, Sweep, Table, tabulate, trained
+from _sweep_tables import BATCH, RATE, SWEEPS, Sweep, Table, tabulate
+from sweeps import MOMENTUM, trained
 from torch import nn
 
 import flatmin

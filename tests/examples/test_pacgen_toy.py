@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import flatmin
-from pacgen_examples import Stop, UsageError, _flags, assert_picture, toy_surface
+from pacgen_examples import Stop, UsageError, _flags, _toy_problem, assert_picture, toy_surface
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = toy_surface.make_problem
     asked = []
 
-    def interrupted(seed: int, number: int) -> toy_surface.Problem:
+    def interrupted(seed: int, number: int) -> _toy_problem.Problem:
         asked.append(number)
         if len(asked) == 13:
             raise Stop
@@ -176,9 +176,9 @@ def test_toy_agrees_with_pacgen_of_a_module(toy_result: dict[str, Any], name: st
 def test_toy_eta_minimises_the_lowest_point_of_the_bound(toy_result: dict[str, Any]) -> None:
     surface = toy_result["surface"]
     loss, psi, eta = np.array(surface["loss"]), np.array(surface["psi"]), toy_result["eta"]
-    best = toy_surface.bound(loss, psi, eta).min()
+    best = _toy_problem.bound(loss, psi, eta).min()
     for factor in (0.5, 0.8, 0.95, 1.05, 1.25, 2.0):
-        assert toy_surface.bound(loss, psi, factor * eta).min() > best
+        assert _toy_problem.bound(loss, psi, factor * eta).min() > best
 
 
 def test_toy_draws_again_without_a_search(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]  # as `python examples/pacgen
 
 import _measures  # noqa: E402
 import _network  # noqa: E402
+import _toy_problem  # noqa: E402
 import perturbed_opt  # noqa: E402
 import sweeps  # noqa: E402
 import toy_surface  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "_measures",
     "_network",
     "_runs",
+    "_toy_problem",
     "assert_picture",
     "perturbed_opt",
     "sweeps",
