@@ -123,7 +123,7 @@ CONFIGURE_TESTS = $(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM
 ctest: $(VENV)/.test-tools
 	$(CONFIGURE_TESTS)
 	$(BIN)/cmake --build build/tests
-	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300
+	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300 --parallel $(JOBS)
 	build/tests/tests/c/fm_test_shipped digests > build/digests.txt
 
 pytest: $(VENV)/.wheel-installed $(VENV)/.test-tools

@@ -48,6 +48,7 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={out}", *toolchain()]
         # given every time: CMake would keep what the last build in this folder was given
         configure.append(f"-DFM_CUDA_ARCHITECTURES={os.environ.get('FM_CUDA_ARCHITECTURES') or 'native'}")
+        configure.append(f"-DFM_WERROR={os.environ.get('FM_WERROR') or 'OFF'}")
         (out / "_C_cuda.so").unlink(missing_ok=True)  # nor may that build's library pass for this one's
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", build, "--target", "install"])
