@@ -186,7 +186,7 @@ def test_the_lint_finds_local_memory_and_atomics(line: str) -> None:
 
 
 @pytest.mark.requires("nvcc")
-def test_every_kernel_is_known(compiled: dict[str, str]) -> None:
+def test_every_kernel_of_the_ptx_is_known(compiled: dict[str, str]) -> None:
     assert set(compiled) == set(REGISTERS)
 
 
