@@ -2,6 +2,7 @@
 
 FM_PLATFORM=manylinux_2_28_x86_64 or manylinux_2_28_aarch64 builds with zig cc for every Linux of that platform; without
 it the compiler and the C library are the machine's, and so is the wheel.
+FM_WERROR=ON makes an error of each warning, as CI does.
 """
 
 from __future__ import annotations
