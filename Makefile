@@ -9,7 +9,7 @@
 #   make finetune DATA=folder       the same on train/<class>/ and test/<class>/ in a folder or archive;
 #                                   DATA=torchvision:OxfordIIITPet downloads
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds
-#   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (5 minutes)
+#   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (4 minutes)
 #   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
 #   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
 #   make fuzz                       a million random calls of every operator under AddressSanitizer and UBSan; CALLS=20000
@@ -123,7 +123,7 @@ CONFIGURE_TESTS = $(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM
 ctest: $(VENV)/.test-tools
 	$(CONFIGURE_TESTS)
 	$(BIN)/cmake --build build/tests
-	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300
+	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300 --parallel $(JOBS)
 	build/tests/tests/c/fm_test_shipped digests > build/digests.txt
 
 pytest: $(VENV)/.wheel-installed $(VENV)/.test-tools
@@ -135,10 +135,10 @@ trainers:
 	$(MAKE) with-trainers VENV=$(VENV)-trainers TORCH=torch==2.13.0
 
 with-trainers: $(VENV)/.trainers
-	$(BIN)/python -m pytest --nothing-left-out tests/trainers $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nothing-left-out tests/trainers $(ARGS)
 
 $(VENV)/.trainers: $(VENV)/.wheel-installed examples/trainers/requirements.txt
-	$(BIN)/pip install --quiet pytest scipy
+	$(BIN)/pip install --quiet pytest pytest-xdist scipy
 	$(BIN)/pip install --quiet --no-deps -r examples/trainers/requirements.txt
 	touch $@
 
@@ -193,9 +193,8 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
-	for file in $(filter-out csrc/torch/torch_stub.c,$(wildcard csrc/*/*.c cuda/*.c tests/c/*.c)); do \
-	  $(BIN)/clang-tidy --quiet $$file -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=1 $(INCLUDES) || exit 1; \
-	done
+	printf '%s\n' $(filter-out csrc/torch/torch_stub.c,$(wildcard csrc/*/*.c cuda/*.c tests/c/*.c)) | xargs -P $(JOBS) -I FILE \
+	  $(BIN)/clang-tidy --quiet FILE -- -std=c17 -DFM_X86 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=1 $(INCLUDES)
 	$(BIN)/clang-tidy --quiet csrc/cpu/kernels.c -- -std=c17 -DFM_KERNELS_NAME=fm_kernels_lint -DFM_ISA_NUMBER=4 $(INCLUDES) $(LINT_MARCH)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

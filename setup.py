@@ -2,6 +2,7 @@
 
 FM_PLATFORM=manylinux_2_28_x86_64 or manylinux_2_28_aarch64 builds with zig cc for every Linux of that platform; without
 it the compiler and the C library are the machine's, and so is the wheel.
+FM_WERROR=ON makes an error of each warning, as CI does.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={out}", *toolchain()]
         # given every time: CMake would keep what the last build in this folder was given
         configure.append(f"-DFM_CUDA_ARCHITECTURES={os.environ.get('FM_CUDA_ARCHITECTURES') or 'native'}")
+        configure.append(f"-DFM_WERROR={os.environ.get('FM_WERROR') or 'OFF'}")
         (out / "_C_cuda.so").unlink(missing_ok=True)  # nor may that build's library pass for this one's
         subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", build, "--target", "install"])
