@@ -232,6 +232,20 @@ def test_an_option_that_changes_between_ascent_and_step_counts() -> None:
         torch.testing.assert_close(p.detach(), old - float(index))
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_group_that_goes_between_ascent_and_step_is_only_restored(which: int) -> None:
+    params = parameters()
+    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    opt.ascend()
+    gone = opt.param_groups.pop(which)["params"][0]
+    opt.step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), old if p is gone else old - 0.1)
+
+
 def test_groups_of_several_types_share_no_list() -> None:
     """Their step would not fit one operator: here both take it."""
     params = parameters((torch.float32, torch.float64))

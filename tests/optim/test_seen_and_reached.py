@@ -168,3 +168,17 @@ def test_a_base_without_a_mode_shows_none(wrap: Callable[..., Any]) -> None:
     opt = wrap(sgd([nn.Parameter(torch.ones(2))]))
     assert not hasattr(opt, "train")
     assert not callable(getattr(opt, "eval", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("rho", "sam_rho"), ("adaptive", "sam_adaptive"), ("scale", "popt_scale"), ("gamma", "popt_gamma")],
+)
+def test_a_radius_that_is_set_on_the_wrapper_is_refused(name: str, key: str) -> None:
+    """Nobody would read it: the groups have it."""
+    wrap = SAM if key.startswith("sam") else PerturbedOPT
+    opt = wrap(sgd([nn.Parameter(torch.ones(2))]))
+    with pytest.raises(AttributeError, match=rf"\.{name}: 0.2 given, .* set group\['{key}'\]"):
+        setattr(opt, name, 0.2)
+    for group in opt.param_groups:
+        group[key] = 0.2

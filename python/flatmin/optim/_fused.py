@@ -42,7 +42,10 @@ def restore_and_step(base: Optimizer, buckets: Sequence[Bucket], ours: Container
     of_groups: dict[tuple[int, ...], list[Bucket]] = {}
     for bucket in buckets:
         of_groups.setdefault(bucket.groups, []).append(bucket)
-    left_out = set(range(len(groups))).difference(*of_groups)
+    stepped = set().union(*of_groups)
+    if any(index >= len(groups) for index in stepped):
+        return False  # a group went since the ascent
+    left_out = set(range(len(groups))) - stepped
     if any(with_gradient(groups[index]["params"])[0] for index in left_out):
         return False
     plans: list[tuple[Bucket, _Plan]] = []

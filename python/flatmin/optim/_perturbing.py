@@ -154,6 +154,16 @@ class Perturbing(Wrapper):
             self._fill_groups()  # an older checkpoint was loaded through the base itself
         return groups
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses ``opt.rho = 0.2``, which nobody would read."""
+        keys = [key for key in vars(self).get("_group_defaults", ()) if key.partition("_")[2] == name]
+        if keys and not hasattr(type(self), name):
+            raise AttributeError(
+                f"{type(self).__name__}.{name}: {value!r} given, but each parameter group has its own; set "
+                f"group[{keys[0]!r}] of the groups in opt.param_groups"
+            )
+        super().__setattr__(name, value)
+
     def _define_keys(self, group_defaults: dict[str, Any]) -> None:
         """Give every group our keys: those of the class and, called by a subclass, its own."""
         self._check_groups(self.base.param_groups)
