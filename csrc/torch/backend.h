@@ -1,5 +1,5 @@
 /* What a device offers to the operator table. backend_cpu.c is the CPU, cuda/backend_cuda.c the GPU; each is linked
- * with operators.c and torch_args.c into a library of its own. */
+ * with the operators into a library of its own. */
 #ifndef FM_BACKEND_H
 #define FM_BACKEND_H
 
