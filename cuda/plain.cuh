@@ -207,8 +207,8 @@ FM_DEVICE constexpr int fm_plain_forms() {
 
 /* Four neighbours, of which the row has `count`. */
 template <fm_update UPDATE, int FORM>
-FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool moves, const fm_rule_f32 *rule,
-                             fm_sum *lanes) {
+FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool moves, const fm_scalars *scalars,
+                             const fm_rule_f32 *rule, fm_sum *lanes) {
   const fm_shape shape = fm_shape_of_form(UPDATE, FORM);
   const fm_options *o = rule->options;
   const fm_floats empty = {{0.0F, 0.0F, 0.0F, 0.0F}};
@@ -229,7 +229,11 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
   }
   fm_draws drawn = {{0.0F, 0.0F, 0.0F, 0.0F}};
   if (shape.reads & FM_BIT(FM_DRAW)) {
-    drawn = fm_draw_quad(fm_random_quad(o->seed, o->step, o->tensor, (uint64_t)i / 4), fm_law_of(UPDATE, o));
+    const bool own = fm_has_own_scalars(UPDATE) && scalars->each_key;
+    const uint64_t *key = own ? scalars->key + 3 * (int64_t)row->index : NULL;
+    const uint64_t seed = own ? key[0] : o->seed, step = own ? key[1] : o->step;
+    const uint32_t number = own ? (uint32_t)key[2] : row->index;
+    drawn = fm_draw_quad(fm_random_quad(seed, step, number, (uint64_t)i / 4), fm_law_of(UPDATE, o));
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -269,14 +273,14 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
 /* One chunk by `threads` threads; by a warp where the update is summed over. */
 template <fm_update UPDATE, int FORM>
 FM_DEVICE fm_sum fm_plain_chunk(const fm_cuda_row *row, int64_t start, int thread, int threads, bool moves,
-                                const fm_rule_f32 *rule) {
+                                const fm_scalars *scalars, const fm_rule_f32 *rule) {
   constexpr int tally = fm_columns_of<UPDATE>::term;
   const int64_t n = fm_chunk_size(row, start);
   const fm_sum none = {0.0, 0.0, 0.0, 0.0};
   if (tally < 0) {
 #pragma unroll 1
     for (int64_t i = 4 * thread; i < n; i += 4 * threads) {
-      fm_plain_quad<UPDATE, FORM>(row, start + i, n - i < 4 ? (int)(n - i) : 4, moves, rule, NULL);
+      fm_plain_quad<UPDATE, FORM>(row, start + i, n - i < 4 ? (int)(n - i) : 4, moves, scalars, rule, NULL);
     }
     return none;
   }
@@ -287,7 +291,8 @@ FM_DEVICE fm_sum fm_plain_chunk(const fm_cuda_row *row, int64_t start, int threa
     for (int half = 0; half < 2; half++) {
       const int64_t i = span + half * (FM_LANES / 2);
       if (i < n) {
-        fm_plain_quad<UPDATE, FORM>(row, start + i, n - i < 4 ? (int)(n - i) : 4, moves, rule, lanes + 4 * half);
+        fm_plain_quad<UPDATE, FORM>(row, start + i, n - i < 4 ? (int)(n - i) : 4, moves, scalars, rule,
+                                    lanes + 4 * half);
       }
     }
   }
@@ -296,13 +301,13 @@ FM_DEVICE fm_sum fm_plain_chunk(const fm_cuda_row *row, int64_t start, int threa
 
 template <fm_update UPDATE, int FORM>
 FM_DEVICE fm_sum fm_plain_chunk_of(int form, const fm_cuda_row *row, int64_t start, int thread, int threads, bool moves,
-                                   const fm_rule_f32 *rule) {
+                                   const fm_scalars *scalars, const fm_rule_f32 *rule) {
   if constexpr (FORM + 1 < fm_plain_forms<UPDATE>()) {
     if (form != FORM) {
-      return fm_plain_chunk_of<UPDATE, FORM + 1>(form, row, start, thread, threads, moves, rule);
+      return fm_plain_chunk_of<UPDATE, FORM + 1>(form, row, start, thread, threads, moves, scalars, rule);
     }
   }
-  return fm_plain_chunk<UPDATE, FORM>(row, start, thread, threads, moves, rule);
+  return fm_plain_chunk<UPDATE, FORM>(row, start, thread, threads, moves, scalars, rule);
 }
 
 /* ---- kernels ---- */
@@ -358,14 +363,20 @@ __global__ void __launch_bounds__(fm_columns_of<UPDATE>::term >= 0 ? FM_CUDA_CHU
   const int thread = (int)threadIdx.x % threads;
   fm_run run = fm_run_of(&l, (int64_t)blockIdx.x * at_once + threadIdx.x / threads, (int64_t)gridDim.x * at_once);
   for (; run.chunk < run.end; run.row++) {
-    fm_read_own_scalars(&o, &l.scalars, run.row->index);
+    if (UPDATE == FM_SCALED_NOISE) { /* read anew: carried along, they would take registers */
+      o = l.options;
+      fm_read_scalars(&o, &l.scalars);
+    }
+    if (fm_has_own_scalars(UPDATE)) {
+      fm_read_own_scalars(&o, &l.scalars, run.row->index);
+    }
     const int form = fm_form(UPDATE, &o, &run.row->traits, fm_present_in(run.row));
     const bool moves = UPDATE != FM_ASCEND || fm_ascend_moves_f32(&o);
     fm_rule_f32 rule;
     fm_set_rule_f32(&rule, UPDATE, &o, &run.row->traits);
     for (const int64_t end = fm_row_end(&run); run.chunk < end; run.chunk++) {
       const int64_t start = (run.chunk - run.row->first_chunk) * FM_CHUNK;
-      const fm_sum sum = fm_plain_chunk_of<UPDATE, 0>(form, run.row, start, thread, threads, moves, &rule);
+      const fm_sum sum = fm_plain_chunk_of<UPDATE, 0>(form, run.row, start, thread, threads, moves, &l.scalars, &rule);
       if (tallies && thread == 0) {
         l.partials[run.chunk] = sum;
       }

@@ -183,7 +183,7 @@ FM_INLINE void FM_NAME(update_row)(const fm_job *job, int64_t r, int64_t begin, 
   fm_stream stream;
   uint32_t words[FM_BLOCK];
   if (random || (shape.reads & FM_BIT(FM_DRAW))) {
-    open_stream(&stream, o, o == job->options ? (uint32_t)r : o->tensor);
+    open_stream(&stream, o, job->scalars != NULL ? fm_number_in_stream(job->scalars, r) : (uint32_t)r);
   }
   FM_NAME(set_places)(&places, row, shape, min64(FM_BLOCK, end - begin), &blocks);
   for (int64_t chunk = begin; chunk < end; chunk += FM_CHUNK) {

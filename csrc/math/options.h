@@ -52,7 +52,6 @@ typedef struct fm_options {
   double rho, eps; /* ascend; eps is the neighbourhood's too */
   bool random;     /* ascend: stochastic rounding of 16-bit parameters by (seed, step) */
   uint64_t seed, step;
-  uint32_t tensor;                              /* its number in that stream */
   double lr, momentum, dampening, weight_decay; /* the base steps */
   double beta1, beta2, adam_eps;
   bool nesterov, maximize, first_step, decoupled, amsgrad;
@@ -94,11 +93,9 @@ FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
 
 /* The numbers of one tensor, where a call has some for each. */
 FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tensor) {
-  o->tensor = (uint32_t)tensor;
   if (s->each_key) {
     o->seed = s->key[3 * tensor];
     o->step = s->key[3 * tensor + 1];
-    o->tensor = (uint32_t)s->key[3 * tensor + 2];
   }
   if (s->each && s->rho) {
     o->rho = s->rho[tensor];
@@ -112,6 +109,11 @@ FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tenso
     o->gamma = s->scale[3 * tensor + 1];
     o->eps = s->scale[3 * tensor + 2];
   }
+}
+
+/* The number of a tensor in the stream of its key. */
+FM_HD uint32_t fm_number_in_stream(const fm_scalars *s, int64_t tensor) {
+  return s->each_key ? (uint32_t)s->key[3 * tensor + 2] : (uint32_t)tensor;
 }
 
 /* What differs from tensor to tensor. */

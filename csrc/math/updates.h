@@ -156,6 +156,13 @@ FM_HD fm_shape fm_shape_of_form(fm_update update, int form) {
   return shape;
 }
 
+/* Whether tensors can have numbers of their own in it: an ascent, noise, and the base steps. */
+FM_HD bool fm_has_own_scalars(fm_update update) {
+  const fm_shape shape = fm_shape_of(update);
+  const bool is_step = (shape.reads & FM_AT_OLD) == FM_AT_OLD && (shape.writes & FM_BIT(FM_PARAM)) != 0;
+  return update == FM_ASCEND || update == FM_SCALED_NOISE || is_step;
+}
+
 /* The law of an update's draws. */
 FM_HD int fm_law_of(fm_update update, const fm_options *o) { return update == FM_AVERAGE ? FM_LAW_RADEMACHER : o->law; }
 
