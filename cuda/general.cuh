@@ -203,7 +203,9 @@ FM_DEVICE void FM_NAME(fm_update_vector)(const fm_cuda_launch *l, const fm_cuda_
     fm_quad words = {{0, 0, 0, 0}};
     fm_draws drawn = {{0.0F, 0.0F, 0.0F, 0.0F}};
     if (draws || by_chance) {
-      words = fm_random_quad(o->seed, o->step, fm_number_in_stream(&l->scalars, row->index), (uint64_t)(i + first) / 4);
+      words = fm_random_quad(o->seed, o->step,
+                             fm_has_own_scalars(UPDATE) ? fm_number_in_stream(&l->scalars, row->index) : row->index,
+                             (uint64_t)(i + first) / 4);
     }
     if (draws) {
       drawn = fm_draw_quad(words, fm_law_of(UPDATE, o));

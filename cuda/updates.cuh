@@ -16,7 +16,9 @@ __global__ void fm_update_kernel(FM_KERNEL_ARGUMENT fm_cuda_launch l) {
   for (int64_t c = l.chunk_begin + first; c < l.chunk_end; c += (int64_t)gridDim.x * at_once) {
     const fm_cuda_row *row = fm_row_of(&l, c);
     const int64_t start = (c - row->first_chunk) * FM_CHUNK;
-    fm_read_own_scalars(&o, &l.scalars, row->index);
+    if (fm_has_own_scalars(UPDATE)) {
+      fm_read_own_scalars(&o, &l.scalars, row->index);
+    }
     const fm_sum sum = row->fp64 ? fm_update_chunk_f64<UPDATE>(&l, row, start, thread, threads, &o)
                                  : fm_update_chunk_f32<UPDATE>(&l, row, start, thread, threads, &o);
     if (tallies && thread == 0) {
