@@ -117,13 +117,18 @@ def _wide_numbers(count: int) -> Callable[[_selftest.Case], Tensor]:
     return lambda case: _from_pool(case.rng, count, torch.float64)
 
 
+def _sizes(rng: random.Random, count: int) -> Tensor:
+    """What may not be negative."""
+    return torch.tensor([rng.choice((0.0, 1e-30, 1.0, 1e30)) * rng.random() for _ in range(count)], dtype=torch.float64)
+
+
 def _one_or_own(width: int) -> Callable[[_selftest.Case], Tensor]:
     """One number for all tensors, or so many for each."""
 
     def make(case: _selftest.Case) -> Tensor:
         if case.rng.random() < 0.5:
             return _scalar(case)
-        return _from_pool(case.rng, width * len(case.shapes), torch.float64)
+        return _sizes(case.rng, width * len(case.shapes))
 
     return make
 
@@ -173,7 +178,7 @@ def _vary_noise(rng: random.Random, given: dict[str, Any]) -> None:
     """Sizes and keys of their own."""
     count = len(given["params"])
     if rng.random() < 0.3:
-        given["scale"] = _from_pool(rng, 3 * count, torch.float64)
+        given["scale"] = _sizes(rng, 3 * count)
     if rng.random() < 0.3:
         given["key"] = torch.tensor([[rng.randrange(2**63), rng.randrange(2**40), rng.randrange(9)]] * count).view(
             -1, 3
