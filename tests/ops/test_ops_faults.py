@@ -159,6 +159,14 @@ def test_counters_that_count_nothing(count: float) -> None:
     refuse("restore_adam_", arguments, "steps[2] is", "counts steps")
 
 
+def test_a_counter_in_the_memory_of_a_parameter_is_read_once() -> None:
+    """It was read again after the step, which had made no count of it: refused, when all was written. It is what is
+    written last."""
+    p = torch.tensor(3.0)
+    ops.restore_adam_([p], [torch.ones(())], [torch.ones(())], [torch.ones(())], [], [p], torch.empty(0).byte(), 100.0)
+    assert float(p) == 4.0
+
+
 def test_a_meta_counter() -> None:
     arguments = good("restore_adam_")
     arguments["steps"][2] = arguments["steps"][2].to("meta")
