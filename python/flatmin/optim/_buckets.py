@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
-    "OWN_NUMBERS",
     "Bucket",
     "Mark",
     "PerturbedSet",
@@ -35,7 +34,7 @@ __all__ = [
 RestoreAndStep = Callable[..., Tensor]
 
 #: Options of a group of which the operators take one for each parameter.
-OWN_NUMBERS = ("lr", "weight_decay")
+_OWN_NUMBERS = ("lr", "weight_decay")
 
 # With map() these walk a list of tensors in C: 0.05 us each, a third of a comprehension that tests two of them.
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
@@ -79,12 +78,12 @@ def params_of(groups: Sequence[dict[str, Any]], indices: Sequence[int]) -> list[
 
 def alike(groups: Sequence[dict[str, Any]], keys: Sequence[str], *values: Sequence[Any]) -> list[tuple[int, ...]]:
     """Indices of the groups, those together that differ in none of ``keys`` and of their own ``values``, nor in the
-    types and devices of their parameters. Of :data:`OWN_NUMBERS` each may have its own. A tensor is alike to itself
-    alone: only its device knows its value."""
+    types and devices of their parameters. Of ``_OWN_NUMBERS`` each may have its own. A tensor is alike to itself alone:
+    only its device knows its value."""
     if len(groups) == 1:
         return [(0,)]
-    numbers = [key for key in keys if key in OWN_NUMBERS]
-    keys = [key for key in keys if key not in OWN_NUMBERS]
+    numbers = [key for key in keys if key in _OWN_NUMBERS]
+    keys = [key for key in keys if key not in _OWN_NUMBERS]
     found: dict[Any, list[int]] = {}
     for index, (group, *own) in enumerate(zip(groups, *values, strict=True)):
         params = group["params"]
@@ -166,8 +165,11 @@ class Bucket:
         first = self.params[0]
         return first.device == self.device and first.dtype == self._dtype
 
-    def each(self, groups: Sequence[dict[str, Any]], values: Sequence[Sequence[float]]) -> Tensor:
-        """What operators take where each parameter has numbers of its own: those of its group, float64 on the device.
+    def numbers(
+        self, groups: Sequence[dict[str, Any]], values: Sequence[tuple[float, ...]]
+    ) -> tuple[float, ...] | Tensor:
+        """What operators take of numbers that belong to a group: those of all groups or, where groups differ, a float64
+        tensor with those of each parameter's group, on the device.
 
         Kept while they stay the same: a copy to a device costs more than to compare them, and is not for a CUDA graph.
 
@@ -175,6 +177,8 @@ class Bucket:
             groups: the base's.
             values: for each of the bucket's groups as many numbers, 1 or more.
         """
+        if values.count(values[0]) == len(values):
+            return values[0]
         of = {id(p): value for g, value in zip(self.groups, values, strict=True) for p in groups[g]["params"]}
         numbers = list(chain.from_iterable(map(of.__getitem__, map(id, self.params))))
         width = len(values[0])

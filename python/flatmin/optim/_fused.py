@@ -117,9 +117,8 @@ def _rates(groups: Sequence[dict[str, Any]], bucket: Bucket) -> dict[str, Any] |
     pairs = [(groups[index]["lr"], groups[index]["weight_decay"]) for index in bucket.groups]
     if not all(_are_numbers(*pair) for pair in pairs):
         return None
-    if pairs.count(pairs[0]) == len(pairs):
-        return {"lr": pairs[0][0], "weight_decay": pairs[0][1]}
-    return {"lr": bucket.each(groups, pairs)}
+    own = bucket.numbers(groups, pairs)
+    return {"lr": own} if isinstance(own, Tensor) else {"lr": own[0], "weight_decay": own[1]}
 
 
 def _fits(bucket: Bucket) -> bool:

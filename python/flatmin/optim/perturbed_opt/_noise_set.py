@@ -187,10 +187,10 @@ class NoiseSet(PerturbedSet[NoiseBucket]):
             options["lipschitz"] = self._lipschitz_of(bucket)
         elif self.settings.sizing not in _NEIGHBOURHOODS:
             options["sizes"] = bucket.sizes()
-        own = [self._size_of(groups[index], factor) for index in bucket.groups]
-        if own.count(own[0]) < len(own):
-            return options | {"scale": bucket.each(groups, own)}
-        return options | dict(zip(("scale", "gamma", "eps"), own[0], strict=True))
+        own = bucket.numbers(groups, [self._size_of(groups[index], factor) for index in bucket.groups])
+        if isinstance(own, Tensor):
+            return options | {"scale": own}
+        return options | dict(zip(("scale", "gamma", "eps"), own, strict=True))
 
     def _size_of(self, group: dict[str, Any], factor: float) -> tuple[float, float, float]:
         """Scale, gamma and eps of a group."""

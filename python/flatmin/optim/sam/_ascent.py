@@ -183,9 +183,10 @@ class AscentSet(PerturbedSet[Bucket]):
 def _radius_of(bucket: Bucket, groups: Sequence[dict[str, Any]], radii: Sequence[float | Tensor]) -> float | Tensor:
     """As the operators take it: one of all, or one of each parameter. Tensors are of one group, or the same."""
     own: list[Any] = [radii[index] for index in bucket.groups]
-    if isinstance(own[0], Tensor) or own.count(own[0]) == len(own):
-        return own[0]  # type: ignore[no-any-return]
-    return bucket.each(groups, [(rho,) for rho in own])
+    if isinstance(own[0], Tensor):
+        return own[0]
+    numbers = bucket.numbers(groups, [(rho,) for rho in own])
+    return numbers if isinstance(numbers, Tensor) else numbers[0]
 
 
 def _refuse_sparse(moving: Sequence[Moving], groups: Sequence[dict[str, Any]]) -> None:
