@@ -68,8 +68,8 @@ EXCEPT: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @dataclass
 class Case:
-    """One call of one operator: a type, options, and what has been made for it. `tests/support/raw_calls.py` derives
-    its own from it, with other shapes and values."""
+    """One call of one operator: a type, options, and what has been made for it. `tests/support/raw_arguments.py`
+    derives its own from it, with other shapes and values."""
 
     operator: str
     dtype: torch.dtype
