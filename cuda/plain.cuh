@@ -230,7 +230,7 @@ FM_DEVICE void fm_plain_quad(const fm_cuda_row *row, int64_t i, int count, bool 
   fm_draws drawn = {{0.0F, 0.0F, 0.0F, 0.0F}};
   if (shape.reads & FM_BIT(FM_DRAW)) {
     const bool own = fm_has_own_scalars(UPDATE) && scalars->each_key;
-    const uint64_t *key = own ? scalars->key + 3 * (int64_t)row->index : NULL;
+    const uint64_t *key = own ? fm_own_key(scalars, row->index) : NULL;
     const uint64_t seed = own ? key[0] : o->seed, step = own ? key[1] : o->step;
     const uint32_t number = own ? (uint32_t)key[2] : row->index;
     drawn = fm_draw_quad(fm_random_quad(seed, step, number, (uint64_t)i / 4), fm_law_of(UPDATE, o));

@@ -91,11 +91,14 @@ FM_HD void fm_read_scalars(fm_options *o, const fm_scalars *s) {
   o->step = s->key ? s->key[1] : 0;
 }
 
+/* Where each tensor has a key of its own: seed, step and its number in that stream. */
+FM_HD const uint64_t *fm_own_key(const fm_scalars *s, int64_t tensor) { return s->key + 3 * tensor; }
+
 /* The numbers of one tensor, where a call has some for each. */
 FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tensor) {
   if (s->each_key) {
-    o->seed = s->key[3 * tensor];
-    o->step = s->key[3 * tensor + 1];
+    o->seed = fm_own_key(s, tensor)[0];
+    o->step = fm_own_key(s, tensor)[1];
   }
   if (s->each && s->rho) {
     o->rho = s->rho[tensor];
@@ -113,7 +116,7 @@ FM_HD void fm_read_own_scalars(fm_options *o, const fm_scalars *s, int64_t tenso
 
 /* The number of a tensor in the stream of its key. */
 FM_HD uint32_t fm_number_in_stream(const fm_scalars *s, int64_t tensor) {
-  return s->each_key ? (uint32_t)s->key[3 * tensor + 2] : (uint32_t)tensor;
+  return s->each_key ? (uint32_t)fm_own_key(s, tensor)[2] : (uint32_t)tensor;
 }
 
 /* What differs from tensor to tensor. */
