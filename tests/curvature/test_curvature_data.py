@@ -20,22 +20,13 @@ import flatmin
 from flatmin import curvature
 from flatmin.curvature._containers import to_device
 from models import same_bits
-from several_passes import SEVERAL_PASSES
+from several_passes import SEVERAL_PASSES, inputs, net
 
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads: None) -> None:
     """For tensors this small a second thread costs more than it brings."""
     torch.set_num_threads(1)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def trace(model: nn.Module, loss_fn: Any, data: Any) -> float:

@@ -17,22 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from flatmin import curvature
 from flatmin._rng import Generators
 from flatmin.curvature._containers import fingerprint, same_prints
-from several_passes import SEVERAL_PASSES, vectors
+from several_passes import SEVERAL_PASSES, inputs, net, vectors
 
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads: None) -> None:
     """For tensors this small a second thread costs more than it brings."""
     torch.set_num_threads(1)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- passes that differ ----

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatmin import ops, reference
+from operator_arguments import scalar
 from problems import (
     Problem,
     arithmetic_eps,
@@ -21,11 +22,6 @@ from problems import (
     same_memory,
     twins,
 )
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
 
 # ---- averages of a curvature ----
 

@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from flatmin import ops
+from operator_arguments import scalar
 from problems import (
     twins,
 )
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
 
 # ---- options ----
 

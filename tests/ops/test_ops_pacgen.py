@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatmin import ops, reference
+from operator_arguments import scalar
 from problems import (
     DTYPES,
     Problem,
@@ -18,11 +19,6 @@ from problems import (
     large_problem,
     problems,
 )
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
 
 # ---- PACGen ----
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from flatmin import ops, reference
 from flatmin.ops import _dispatch, _library
-from operator_arguments import OPERATORS, bound, call, good
+from operator_arguments import OPERATORS, bound, call, good, scalar
 from problems import filled, same_bytes, twins
 
 SHAPES = [(5,), (4, 3), (0,), (2, 3, 4, 5)]
@@ -27,10 +27,6 @@ SHAPES = [(5,), (4, 3), (0,), (2, 3, 4, 5)]
 
 def make(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [filled(shape, dtype, seed + i) for i, shape in enumerate(SHAPES)]
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def raw_arguments(name: str, device: str = "cpu") -> tuple[Any, ...]:

@@ -218,13 +218,19 @@ class OneByOne(SAM):
         return grads
 
 
-def test_an_option_that_changes_between_ascent_and_step_counts() -> None:
-    params = parameters()
+def ascended(params: Sequence[nn.Parameter]) -> tuple[SAM, list[Tensor]]:
+    """A group for each parameter, away from the weights, which are returned, and with gradients of 1."""
     opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
     before = [p.detach().clone() for p in params]
     opt.ascend()
+    return opt, before
+
+
+def test_an_option_that_changes_between_ascent_and_step_counts() -> None:
+    params = parameters()
+    opt, before = ascended(params)
     for index, group in enumerate(opt.param_groups):
         group["lr"] = float(index)
     opt.step()
@@ -235,11 +241,7 @@ def test_an_option_that_changes_between_ascent_and_step_counts() -> None:
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_group_that_goes_between_ascent_and_step_is_only_restored(which: int) -> None:
     params = parameters()
-    opt = SAM(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1), rho=0.1)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    before = [p.detach().clone() for p in params]
-    opt.ascend()
+    opt, before = ascended(params)
     gone = opt.param_groups.pop(which)["params"][0]
     opt.step()
     for p, old in zip(params, before, strict=True):

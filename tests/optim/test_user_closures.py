@@ -16,19 +16,9 @@ from models import (
     same_bits,
     sgd,
     small_net,
-    step_context,
     weights,
+    weights_after,
 )
-
-
-def plain_sam(count: int, rho: float = 0.1) -> list[Tensor]:
-    """Weights after ``count`` steps of the README's loop."""
-    net = small_net()
-    opt = SAM(sgd(net.parameters()), rho=rho)
-    for batch in batches(count):
-        step_context(net, opt, batch)
-    return weights(net)
-
 
 # ---- closures of trainers ----
 
@@ -61,7 +51,7 @@ def test_an_empty_closure_after_the_context_is_sams_step(closure: Callable[[], A
         with opt.perturb():
             backward(net, batch)
         opt.step(closure)
-    assert same_bits(weights(net), plain_sam(3))
+    assert same_bits(weights(net), weights_after(3))
 
 
 @pytest.mark.parametrize("wrap", [SAM, PerturbedOPT])
@@ -119,7 +109,7 @@ def test_a_closure_may_leave_the_clearing_to_the_loop(outside: str) -> None:
     for batch in batches(3):
         opt.zero_grad(set_to_none=outside == "None")
         opt.step(lambda batch=batch: backward(net, batch))
-    assert same_bits(weights(net), plain_sam(3))
+    assert same_bits(weights(net), weights_after(3))
 
 
 @pytest.mark.parametrize("clear", ["opt", "module to zeros", "by hand"])
@@ -139,4 +129,4 @@ def test_a_closure_may_clear_in_any_way(clear: str) -> None:
             return backward(net, batch)
 
         opt.step(closure)
-    assert same_bits(weights(net), plain_sam(3))
+    assert same_bits(weights(net), weights_after(3))

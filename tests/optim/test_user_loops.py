@@ -27,18 +27,10 @@ from models import (
     step_davda54,
     step_halves,
     weights,
+    weights_after,
 )
 
 WAYS = [step_context, step_closure, step_davda54, step_halves]
-
-
-def plain_sam(count: int, rho: float = 0.1) -> list[Tensor]:
-    """Weights after ``count`` steps of the README's loop."""
-    net = small_net()
-    opt = SAM(sgd(net.parameters()), rho=rho)
-    for batch in batches(count):
-        step_context(net, opt, batch)
-    return weights(net)
 
 
 # ---- how gradients are cleared between the passes ----
@@ -75,7 +67,7 @@ def test_gradients_are_cleared_by_the_base(way: Callable[..., None]) -> None:
         if way is step_davda54:
             opt.zero_grad()
         way(net, opt, batch)
-    assert distance(weights(net), plain_sam(3)) < 1e-7
+    assert distance(weights(net), weights_after(3)) < 1e-7
 
 
 @pytest.mark.parametrize("says_so", [True, False], ids=["zero_grad(False)", "by hand"])
@@ -311,7 +303,7 @@ def test_the_other_orders_are_sams_step(order: str) -> None:
     opt, scaler = SAM(sgd(net.parameters()), rho=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
     for batch in batches(3):
         scaled_step(order, scaler, net, opt, batch, clip=True)
-    assert distance(weights(net), plain_sam(3)) < 1e-6
+    assert distance(weights(net), weights_after(3)) < 1e-6
 
 
 def test_an_unscaled_second_loss_steps_without_the_scaler() -> None:
@@ -322,7 +314,7 @@ def test_an_unscaled_second_loss_steps_without_the_scaler() -> None:
     with opt.perturb():
         backward(net, batch)
     opt.step()
-    assert distance(weights(net), plain_sam(1)) < 1e-6
+    assert distance(weights(net), weights_after(1)) < 1e-6
 
 
 @pytest.mark.parametrize(

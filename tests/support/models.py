@@ -164,3 +164,12 @@ def give_grads(params: list[nn.Parameter], *values: list[float]) -> None:
     """Set the gradients of ``params``."""
     for p, v in zip(params, values, strict=True):
         p.grad = torch.tensor(v, dtype=p.dtype)
+
+
+def weights_after(count: int, rho: float = 0.1) -> list[Tensor]:
+    """Weights after ``count`` steps of the README's loop."""
+    net = small_net()
+    opt = SAM(sgd(net.parameters()), rho=rho)
+    for batch in batches(count):
+        step_context(net, opt, batch)
+    return weights(net)

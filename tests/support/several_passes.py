@@ -13,6 +13,15 @@ import flatmin
 from flatmin import curvature
 
 
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def inputs(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def vectors(model: nn.Module) -> list[Tensor]:
     return [0.1 * torch.ones_like(p) for p in model.parameters()]
 
