@@ -152,8 +152,7 @@ def plot_sweep(table: Table, path: Path) -> None:
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             frame_lines(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside right center")
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         save(fig, path)
 
 
@@ -185,8 +184,7 @@ def plot_by_point(found: Sequence[tuple[Table, Correlations, Correlations]], pat
             grid[0, column].set_title(table.sweep.title)
         for axes in grid[:, 0]:
             axes.set_ylabel("rank correlation")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside right center")
+        fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
         save(fig, path)
 
 

@@ -82,8 +82,7 @@ def plot_bound(result: dict[str, Any], path: Path) -> None:
             fig.colorbar(image, ax=axes, format="%.2f", ticks=np.linspace(low, high, 6))
         axes = fig.axes[0]
         axes.set_ylabel("$w_2$")
-        handles, labels = axes.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=2)
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save(fig, path)
 
 
@@ -108,6 +107,5 @@ def plot_labels(result: dict[str, Any], path: Path) -> None:
             axes.set_aspect("equal")
             axes.grid(False)
         fig.axes[0].set_ylabel("$x_2$")
-        handles, labels = axes.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=2)
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save(fig, path)

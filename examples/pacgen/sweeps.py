@@ -206,14 +206,20 @@ def evaluate_all(args: argparse.Namespace) -> None:
 # ---- command line ----
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common_flags(parser, "out/sweeps")
-    training_flags(parser, "the size of the paper, all images, 100 epochs, 5 seeds, instead of an hour on two cores")
+def sweep_flags(parser: argparse.ArgumentParser, out: str, full: str) -> None:
+    """The flags of an experiment over the four sweeps, but for its sizes; ``full`` says what ``--full`` is."""
+    common_flags(parser, out)
+    training_flags(parser, full)
     mnist_flag(parser)
     cifar10_flag(parser, "--cifar10")
     names = list(SWEEPS)
     parser.add_argument("--sweeps", nargs="+", choices=names, default=names, help="which of the four (all)")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    full = "the size of the paper, all images, 100 epochs, 5 seeds, instead of an hour on two cores"
+    sweep_flags(parser, "out/sweeps", full)
     size_flags(
         parser,
         {

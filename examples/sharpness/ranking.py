@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pacgen"))
 import numpy as np
 import torch.nn.functional as F
 from _sweep_tables import BATCH, RATE, SWEEPS, Sweep, Table, tabulate
-from sweeps import MOMENTUM, trained
+from sweeps import MOMENTUM, sweep_flags, trained
 from torch import nn
 
 import flatmin
 from _common.errors import UsageError
 from _common.figures import INK, estimate, figure, save, styled
 from _common.files import write_summary
-from _common.flags import cifar10_flag, common_flags, main, mnist_flag, size_flags, size_of, training_flags
+from _common.flags import main, size_flags, size_of
 from _common.images import TITLES, Batches, Images, Source
 from _common.intervals import Array, Interval, Resamples
 from _common.runs import Run, perform, results_in
@@ -210,13 +210,7 @@ def evaluate_all(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    common_flags(parser, "out/ranking")
-    training_flags(parser, "more epochs, more images and more to measure with")
-    mnist_flag(parser)
-    cifar10_flag(parser, "--cifar10")
-    parser.add_argument(
-        "--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="which of the four (all)"
-    )
+    sweep_flags(parser, "out/ranking", "more epochs, more images and more to measure with")
     size_flags(
         parser,
         {
