@@ -37,6 +37,12 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """For small tensors: threads would only wait for each other, and for the other tests of a busy machine."""
+    torch.set_num_threads(1)
+
+
 # ---- parts that not every machine has ----
 
 _left_out: Counter[str] = Counter()

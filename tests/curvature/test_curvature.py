@@ -19,15 +19,12 @@ from models import Batch, batches, small_net
 EPS = 2.0**-52  # of float64
 
 # torch.func's forward mode scripts its decompositions with an interface that torch has deprecated
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning"
+    ),
+]
 
 
 def ragged(count: int = 2) -> list[Batch]:

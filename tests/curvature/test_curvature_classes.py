@@ -14,12 +14,7 @@ import flatmin
 from flatmin import curvature
 from models import same_bits
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- where the classes are ----
 

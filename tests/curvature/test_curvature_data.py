@@ -22,11 +22,7 @@ from flatmin.curvature._containers import to_device
 from models import same_bits
 from several_passes import SEVERAL_PASSES, inputs, net
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trace(model: nn.Module, loss_fn: Any, data: Any) -> float:

@@ -19,12 +19,7 @@ from flatmin._rng import Generators
 from flatmin.curvature._containers import fingerprint, same_prints
 from several_passes import SEVERAL_PASSES, inputs, net, vectors
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- passes that differ ----
 

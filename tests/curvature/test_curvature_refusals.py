@@ -17,11 +17,7 @@ from flatmin import curvature
 from models import batches, small_net
 from snapshots import assert_as_before, snapshot
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ones(net: nn.Module) -> list[Tensor]:

@@ -24,11 +24,7 @@ from flatmin.curvature._measurement import Measurement, Part
 from models import Batch, batches, same_bits, small_net
 from snapshots import assert_as_before, snapshot
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stateful_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -21,10 +21,7 @@ from flatmin.curvature._density import quadrature
 SPECTRUM = np.r_[10.0, 5.0, np.linspace(-0.5, 1.0, 98)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,7 @@ from curvature_matrices import Q4, Q4_DATA, formed, q4_loss, ragged, symmetric, 
 from flatmin import curvature
 from models import batches, small_net
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BULK = np.linspace(-1.0, 1.0, 195)
 SPECTRA: dict[str, Any] = {

@@ -22,15 +22,12 @@ from models import batches, small_net
 EPS = 2.0**-52
 
 # torch.func's forward mode scripts its decompositions with an interface that torch has deprecated
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning"
+    ),
+]
 
 
 def dense(A: curvature.CurvatureOperator) -> Tensor:

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from flatmin import curvature
 from functions_of_weights import ANY, Function, mean_output, quadratic
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vector(like: Sequence[Tensor], seed: int = 5) -> list[Tensor]:

@@ -24,11 +24,7 @@ from flatmin.curvature._measurement import Measurement
 from models import Batch, batches, small_net
 from two_processes import run_on_two
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _operator(**options: Any) -> Callable[[nn.Module, Any, Any], Any]:

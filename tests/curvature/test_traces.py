@@ -25,10 +25,7 @@ SPECTRA: dict[str, Any] = {
 ESTIMATORS = ["hutchinson", "hutch++", "xtrace"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -29,11 +29,7 @@ TINY = ["--noise", "0.4", "--seeds", "2", "--epochs", "2", "--every", "1", "--tr
         "16", "--shrink", "4", "--width", "4", "--jobs", "1"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """The tensors are small: threads would only wait for each other."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- parts ----
 

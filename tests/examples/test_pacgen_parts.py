@@ -37,11 +37,7 @@ from pacgen_examples import (
     write_mnist,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """The tensors are small: threads would only wait for each other, and for the other tests of a busy machine."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 import flatmin
 from pacgen_examples import Stop, UsageError, _flags, _toy_problem, assert_picture, toy_surface
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """The tensors are small: threads would only wait for each other, and for the other tests of a busy machine."""
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- the toy surface ----
 

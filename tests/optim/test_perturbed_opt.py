@@ -37,11 +37,7 @@ from popt_reference import (
     run,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- how far ----
 

@@ -28,11 +28,7 @@ from models import (
 )
 from popt_reference import WAYS, momentum_sgd, noisy_net, run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- what is not finite ----
 

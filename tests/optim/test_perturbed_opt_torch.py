@@ -31,11 +31,7 @@ from models import (
 )
 from popt_reference import MIXED, WAYS, curvatures, in_context, momentum_sgd, noisy_net, run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- checkpoints ----
 

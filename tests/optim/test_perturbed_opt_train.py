@@ -36,11 +36,7 @@ from popt_reference import (
     seeds,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- the trajectory ----
 

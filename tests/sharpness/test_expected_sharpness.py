@@ -15,10 +15,7 @@ from models import batches, same_bits, small_net, weights
 ANY = (torch.zeros(3), torch.zeros(3))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Polynomial(nn.Module):

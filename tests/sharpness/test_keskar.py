@@ -15,13 +15,10 @@ from flatmin.sharpness._keskar import _Subspace
 from models import batches, same_bits, small_net, weights
 from sharpness_problems import Quadratic, mean_output, nothing
 
-pytestmark = pytest.mark.requires("scipy")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.requires("scipy"),
+]
 
 
 def test_golden_value() -> None:

@@ -16,11 +16,7 @@ from flatmin.sharpness import Landscape, filter_normalised, line, plane
 from models import batches, raw, same_bits, small_net, weights
 from sharpness_problems import Quadratic, mean_output, nothing
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normed_net(seed: int = 0) -> nn.Sequential:

@@ -19,10 +19,7 @@ from sharpness_problems import Q4, Quadratic, mean_output, nothing, q4_data, q4_
 ADAPTIVE = [False, True, "asam", "davda54"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("m", "value"), [(1, 0.2007405471), (2, 0.1896725662), (4, 0.1796096913)])

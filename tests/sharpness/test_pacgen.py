@@ -18,11 +18,7 @@ from flatmin.sharpness import PACGen, pacgen
 from flatmin.sharpness._pac_bayes import NoiseBound, optimal_sigma
 from models import batches, small_net
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Weights(nn.Module):

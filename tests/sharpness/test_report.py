@@ -23,11 +23,7 @@ from flatmin.sharpness._plan import FULL, LEAST, groups_within, planned
 from models import raw
 from sharpness_problems import Quadratic, mean_output, nothing, relu_data, relu_net
 
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    """For tensors this small a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts(n: int, size: int) -> list[tuple[Tensor, Tensor]]:
