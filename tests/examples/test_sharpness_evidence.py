@@ -37,9 +37,7 @@ TINY_RANKING = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
