@@ -9,7 +9,7 @@
 #   make finetune DATA=folder       the same on train/<class>/ and test/<class>/ in a folder or archive;
 #                                   DATA=torchvision:OxfordIIITPet downloads
 #   make test                       C tests under sanitizers, then pytest, on the wheel that `make wheel` builds
-#   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (4 minutes)
+#   make wheel                      the wheel in dist/, with the CUDA library for every GPU where there is nvcc (6 minutes)
 #   make wheels                     for every Linux with glibc 2.28 or later: x86-64, with CUDA where nvcc is, and aarch64
 #   make compilers                  the C tests by clang, for x86-64 and (in qemu) aarch64: every digest equals gcc's
 #   make fuzz                       a million random calls of every operator under AddressSanitizer and UBSan; CALLS=20000
