@@ -290,25 +290,26 @@ static void set_step_count(const fm_tensor *t, double count) {
 }
 
 /* Counts of the steps so far, and the bias corrections of each row's coming step, in double as torch computes them. */
-static bool take_steps(fm_args *args, int a, const fm_options *o, fm_list *list, double **counts) {
+static const double *take_steps(fm_args *args, int a, const fm_options *o, fm_list *list) {
   const fm_arg *arg = &args->arg[a];
   if (arg->count != list->count) {
-    return fm_fail(args, "steps has %lld tensors and params has %lld; give one for each", (long long)arg->count,
-                   (long long)list->count);
+    fm_fail(args, "steps has %lld tensors and params has %lld; give one for each", (long long)arg->count,
+            (long long)list->count);
+    return NULL;
   }
-  *counts = fm_args_alloc(args, (size_t)list->count * sizeof **counts);
-  if (*counts == NULL) {
-    return false;
+  double *counts = fm_args_alloc(args, (size_t)list->count * sizeof *counts);
+  if (counts == NULL) {
+    return NULL;
   }
   for (int64_t r = 0; r < list->count; r++) {
-    if (!step_count(args, arg, r, &(*counts)[r])) {
-      return false;
+    if (!step_count(args, arg, r, &counts[r])) {
+      return NULL;
     }
-    const int64_t coming = (int64_t)(*counts)[r] + 1;
+    const int64_t coming = (int64_t)counts[r] + 1;
     list->rows[r].traits.bias_correction1 = 1.0 - fm_pow_int(o->beta1, coming);
     list->rows[r].traits.root_bias_correction = sqrt(1.0 - fm_pow_int(o->beta2, coming));
   }
-  return true;
+  return counts;
 }
 
 static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
@@ -323,7 +324,6 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
   fm_scalars s = {0};
   fm_list list = {0};
   const int steps = find(args, "steps");
-  double *counts = NULL;
   if (!o.amsgrad && length(args, "max_exp_avg_sqs") != 0) {
     return fm_fail(args, "max_exp_avg_sqs are given but amsgrad is False; give an empty list");
   }
@@ -335,8 +335,11 @@ static bool op_restore_adam_(fm_args *args, StableIValue *stack) {
     add_list(args, &lists, "max_exp_avg_sqs", FM_LARGEST, FM_WRITE);
   }
   if (!take_averages_of_step(args, &lists, &o) || !take_stepped(args, &lists, &list) ||
-      !take_own_scalars(args, "lr", 2, &list, &s.lr, &s.each) || !take_steps(args, steps, &o, &list, &counts) ||
-      !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
+      !take_own_scalars(args, "lr", 2, &list, &s.lr, &s.each)) {
+    return false;
+  }
+  const double *counts = take_steps(args, steps, &o, &list);
+  if (counts == NULL || !run_step(args, FM_RESTORE_ADAM, &list, &o, &s, stack)) {
     return false;
   }
   for (int64_t r = 0; r < list.count; r++) {
