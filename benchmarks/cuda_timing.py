@@ -65,17 +65,17 @@ def milliseconds(step: Step) -> float:
     return start.elapsed_time(end)
 
 
-def extra_bytes(build: Builder, params: list[Tensor], steps: int) -> int:
-    """Peak of what a row asks for in so many steps, beyond its parameters and their momentum. What it is given depends
-    on the blocks that the rows before left in the cache: up to 1 MiB more for each."""
+def extra_bytes(build: Builder, params: list[Tensor], averages: int, steps: int) -> int:
+    """Peak of what a row asks for in so many steps, beyond its parameters and the base's averages of them. What it is
+    given depends on the blocks that the rows before left in the cache: up to 1 MiB more for each."""
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_stats(DEVICE)["requested_bytes.all.current"]
     step = build(params)
     for _ in range(steps):
         step()
-    momentum = sum(p.nbytes for p in params)
+    state = averages * sum(p.nbytes for p in params)
     peak: int = torch.cuda.memory_stats(DEVICE)["requested_bytes.all.peak"]
-    return peak - before - momentum
+    return peak - before - state
 
 
 def predicted_ms(nbytes: int, copy_ms: float) -> float:

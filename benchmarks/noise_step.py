@@ -37,7 +37,7 @@ from torch import Tensor
 import cuda_timing
 import flatmin
 from flatmin import ops
-from peers import FLATMIN, STREAMS, Step, compile_limits, flatmin_fused, limit_steps
+from peers import FLATMIN, STREAMS, Step, compile_limits, flatmin_parts, in_turn, limit_steps
 from shapes import SHAPE_SETS, Shape
 from timing import (
     Figure,
@@ -120,7 +120,7 @@ def steps_of(shapes: Sequence[Shape], folder: Path, device: torch.device) -> dic
         EAGER: lambda: eager_noise(params, curvatures, old),
         NORMAL: normal,
         PERTURBED: perturbed_step(trained(), grads),
-        FLATMIN: flatmin_fused(with_grads()),
+        FLATMIN: in_turn(flatmin_parts)(with_grads()),
         PACGEN: lambda: ops.pacgen(params, curvatures, **sized),
     }
     elements = sum(map(math.prod, shapes))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,82 +31,86 @@ GROUPS = "flatmin.SAM, a group per tensor"
 TEXTBOOK, COMPILED = "textbook eager SAM", "torch.compile'd SAM"
 FOREACH = "torch._foreach_ by hand"
 PEERS = {"pytorch-optimizer SAM, foreach off": False, "pytorch-optimizer SAM, foreach on": True}
-CALLS = "flatmin.SAM, calls alone"
+CALLS, CONTEXT_CALLS = "flatmin.SAM, calls alone", "flatmin.SAM, calls alone, step after the context"
 LIMITS = {"limit, plain stores": False, "limit, streaming stores": True}
 READ, COPIES = "read", {"copy, plain stores": False, "copy, streaming stores": True}
 
 
-#: What a step reads and writes of all its elements, in passes over them: docs/traffic.md derives it. Of other rows it
-#: has no number.
+#: What a step with SGD reads and writes of all its elements, in passes over them: docs/traffic.md derives it. Of other
+#: rows it has no number.
 STREAMS = {FLATMIN: 10, CONTEXT: 12, GROUPS: 10, PLAIN: 15, OPS: 10, TEXTBOOK: 18, FOREACH: 18, COMPILED: 10}
 
 
+class Base(NamedTuple):
+    """An optimizer under SAM."""
+
+    make: partial[torch.optim.Optimizer]
+    averages: int  # that it keeps of each parameter, in copies of it
+    context_required: float  # the step after the context over the closure path, at most
+
+    @property
+    def streams(self) -> dict[str, int]:
+        """As STREAMS, of the rows that read and write every average once."""
+        more = 2 * (self.averages - SGD.averages)
+        return STREAMS if more == 0 else {row: STREAMS[row] + more for row in (FLATMIN, CONTEXT, GROUPS)}
+
+
+SGD = Base(partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM), 1, 1.25)
+BASES = {
+    "sgd": SGD,
+    "adam": Base(partial(torch.optim.Adam, lr=LR), 2, 1.2),
+    "adamw": Base(partial(torch.optim.AdamW, lr=LR), 2, 1.2),
+}
+
+
 # ---- builders: each makes one step of its kind over parameters that carry a gradient ----
-
-
-def _base(params: list[Tensor]) -> torch.optim.SGD:
-    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM)
 
 
 def _grads(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def flatmin_halves(params: list[Tensor]) -> tuple[Step, Step]:
-    """As a user has it: the ascent; restore and SGD step in one pass."""
-    optimizer = flatmin.SAM(_base(params), rho=RHO)
+def flatmin_parts(params: list[Tensor], base: Base = SGD) -> Sequence[Step]:
+    """As a user has it: the ascent; restore and step in one pass."""
+    optimizer = flatmin.SAM(base.make(params), rho=RHO)
     return optimizer.ascend, optimizer.step
 
 
-def flatmin_fused(params: list[Tensor]) -> Step:
-    ascend, descend = flatmin_halves(params)
-
-    def step() -> None:
-        ascend()
-        descend()
-
-    return step
-
-
-def flatmin_context(params: list[Tensor]) -> Step:
+def context_parts(params: list[Tensor], base: Base = SGD) -> Sequence[Step]:
     """The README's loop: the context restores the weights, and the step starts from there."""
-    optimizer = flatmin.SAM(_base(params), rho=RHO)
-
-    def step() -> None:
-        optimizer.ascend()
-        optimizer.restore()
-        optimizer.step()
-
-    return step
+    optimizer = flatmin.SAM(base.make(params), rho=RHO)
+    return optimizer.ascend, optimizer.restore, optimizer.step
 
 
-def flatmin_groups(params: list[Tensor]) -> Step:
+def group_parts(params: list[Tensor], base: Base = SGD) -> Sequence[Step]:
     """As layer-wise rates make them: no two are equal, and the weights agree with those of the other rows."""
     groups = [{"params": [p], "lr": LR * (1 + 1e-9 * i)} for i, p in enumerate(params)]
-    optimizer = flatmin.SAM(torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM), rho=RHO)
-
-    def step() -> None:
-        optimizer.ascend()
-        optimizer.step()
-
-    return step
+    optimizer = flatmin.SAM(base.make(groups), rho=RHO)
+    return optimizer.ascend, optimizer.step
 
 
-def flatmin_plain(params: list[Tensor]) -> Step:
+def plain_parts(params: list[Tensor], base: Base = SGD) -> Sequence[Step]:
     """What every base optimizer without a fused form gets."""
-    base = _base(params)
-    optimizer = flatmin.SAM(base, rho=RHO)
+    plain = base.make(params)
+    optimizer = flatmin.SAM(plain, rho=RHO)
+    return optimizer.ascend, optimizer.restore, plain.step
 
-    def step() -> None:
-        optimizer.ascend()
-        optimizer.restore()
-        base.step()
 
-    return step
+def in_turn(parts: Callable[[list[Tensor], Base], Sequence[Step]], base: Base = SGD) -> Builder:
+    def build(params: list[Tensor]) -> Step:
+        calls = parts(params, base)
+
+        def step() -> None:
+            for call in calls:
+                call()
+
+        return step
+
+    return build
 
 
 def flatmin_ops(params: list[Tensor]) -> Step:
-    """The operators alone: the difference from ``flatmin_fused`` is the optimizer's own Python."""
+    """The operators alone: the difference from ``flatmin.SAM`` is the optimizer's own Python."""
     grads, buffers = _grads(params), [torch.zeros_like(p) for p in params]
     backup = ops.backup_like(params)
 
@@ -116,9 +121,9 @@ def flatmin_ops(params: list[Tensor]) -> Step:
     return step
 
 
-def textbook(params: list[Tensor]) -> Step:
-    """Tensor by tensor, as the widespread SAM classes do it, and ``torch.optim.SGD`` with its defaults."""
-    base = _base(params)
+def textbook(params: list[Tensor], base: Base) -> Step:
+    """Tensor by tensor, as the widespread SAM classes do it, and torch's optimizer with its defaults."""
+    plain = base.make(params)
 
     @torch.no_grad()
     def step() -> None:
@@ -129,15 +134,15 @@ def textbook(params: list[Tensor]) -> Step:
             p.add_(g * scale)
         for p, o in zip(params, old, strict=True):
             p.copy_(o)
-        base.step()
+        plain.step()
 
     return step
 
 
-def peer(params: list[Tensor], foreach: bool) -> Step:
+def peer(params: list[Tensor], base: Base, foreach: bool) -> Step:
     from pytorch_optimizer import SAM
 
-    optimizer = SAM(params, torch.optim.SGD, rho=RHO, foreach=foreach, lr=LR, momentum=MOMENTUM)
+    optimizer = SAM(params, base.make.func, rho=RHO, foreach=foreach, **base.make.keywords)
 
     def step() -> None:
         optimizer.first_step()
@@ -195,21 +200,25 @@ def compiled(params: list[Tensor]) -> Step:
     return step
 
 
-def builders(with_compile: bool, with_foreach: bool = False) -> dict[str, Builder]:
-    """The rows by name, flatmin first. ``with_foreach`` for a GPU: on a CPU the multi-tensor operators are loops."""
+def builders(base: Base, with_compile: bool, with_foreach: bool = False) -> dict[str, Builder]:
+    """The rows by name, flatmin first. ``with_foreach`` for a GPU: on a CPU the multi-tensor operators are loops.
+
+    What is written out for SGD is left out for others.
+    """
     rows: dict[str, Builder] = {
-        FLATMIN: flatmin_fused,
-        CONTEXT: flatmin_context,
-        GROUPS: flatmin_groups,
-        PLAIN: flatmin_plain,
-        OPS: flatmin_ops,
-        TEXTBOOK: textbook,
+        FLATMIN: in_turn(flatmin_parts, base),
+        CONTEXT: in_turn(context_parts, base),
+        GROUPS: in_turn(group_parts, base),
+        PLAIN: in_turn(plain_parts, base),
     }
+    if base is SGD:
+        rows[OPS] = flatmin_ops
+    rows[TEXTBOOK] = partial(textbook, base=base)
     if importlib.util.find_spec("pytorch_optimizer"):
-        rows |= {name: functools.partial(peer, foreach=foreach) for name, foreach in PEERS.items()}
-    if with_foreach:
+        rows |= {name: partial(peer, base=base, foreach=foreach) for name, foreach in PEERS.items()}
+    if with_foreach and base is SGD:
         rows[FOREACH] = foreach
-    if with_compile:
+    if with_compile and base is SGD:
         rows[COMPILED] = compiled
     return rows
 

@@ -2,6 +2,7 @@
 
     python benchmarks/sam_step.py                                        # every shape set, three runs
     python benchmarks/sam_step.py --shapes resnet50 --rounds 50 --json resnet50.json
+    python benchmarks/sam_step.py --base adamw                           # instead of SGD with momentum
     python benchmarks/sam_step.py --quick                                # seconds: does it run?
     python benchmarks/sam_step.py --device cuda                          # on the first GPU
 
@@ -12,18 +13,20 @@ Use an idle machine: a core that is busy elsewhere delays every barrier, up to a
 the rows with several barriers per tensor slow down tenfold where flatmin, with three per step, hardly does.
 
 How to read the table: ``ratio`` is a row's time over that of the first row, ``flatmin.SAM``. ``GB/s`` is what a step
-has to move (10 streams of 4 bytes per parameter) over its time, whatever the row really moved. ``extra`` is the peak of
-what torch allocated beyond parameters, gradients and momentum, in copies of the parameters; SAM needs one. The
-``limit`` rows move the 10 streams over flat arrays in C (limits.c); the faster of the two is the machine's limit, and
-``read`` and ``copy`` give the bandwidth of 1 and 2 streams. ``calls alone`` is a step of as many one-element tensors,
-each half of it right after a step of the real tensors, whose streams leave nothing of torch's objects in the cache:
-what Python and the dispatcher take. Rows whose package is not installed are left out, and so are the limits without a C
-compiler (``CC``, else ``cc``).
+has to move (10 streams of 4 bytes per parameter, 12 with Adam) over its time, whatever the row really moved. ``extra``
+is the peak of what torch allocated beyond parameters, gradients and the base's averages, in copies of the parameters;
+SAM needs one. The ``limit`` rows move 10 streams over flat arrays in C (limits.c); the faster of the two is the
+machine's limit, 12 tenths of it with Adam, and ``read`` and ``copy`` give the bandwidth of 1 and 2 streams. ``calls
+alone`` is a step of as many one-element tensors, each part of it right after a step of the real tensors, whose streams
+leave nothing of torch's objects in the cache: what Python and the dispatcher take. Rows whose package is not installed
+are left out, and so are the limits without a C compiler (``CC``, else ``cc``).
 
 What is asked of flatmin is what a kernel can give on any machine: at most 1.1 times the limit and the calls together,
-and 0.4 ms for a step of 213 one-element tensors. How far peers are from the limit differs from machine to machine, so
-their ratios are reported and nothing is asked of them. Everything is measured in three runs (``--runs``): the table has
-the medians over all rounds, and a figure that misses by less than the three runs differ is not called missed.
+0.4 ms for a step of 213 one-element tensors, and after the context, which moves two streams more and makes a call
+more, at most 1.25 times the time of the closure path, 1.2 with Adam; beside it stands what the streams and the calls
+alone would make of that. How far peers are from the limit differs from machine to machine, so their ratios are reported
+and nothing is asked of them. Everything is measured in three runs (``--runs``): the table has the medians over all
+rounds, and a figure that misses by less than the three runs differ is not called missed.
 
 Each shape set of each run has a process of its own, and its tensors are made before anything is compiled: what
 torch.compile leaves of the heap is so scattered that the calls of a step over tensors made later take 1.7 times as
@@ -54,20 +57,25 @@ from torch.profiler import ProfilerActivity, profile
 
 import cuda_timing
 from peers import (
+    BASES,
     CALLS,
     COMPILED,
+    CONTEXT,
+    CONTEXT_CALLS,
     COPIES,
     FLATMIN,
     LIMITS,
     READ,
     STREAMS,
     TEXTBOOK,
+    Base,
     Builder,
     Step,
     builders,
     compile_limits,
-    flatmin_fused,
-    flatmin_halves,
+    context_parts,
+    flatmin_parts,
+    in_turn,
     limit_steps,
 )
 from shapes import SHAPE_SETS, Shape
@@ -85,12 +93,16 @@ from timing import (
 )
 
 ITEMSIZE = 4
-STEP_STREAMS = STREAMS[FLATMIN]
-WARM_UP_STEPS = 2  # the first makes the momentum buffers, the second runs as all later ones do
+WARM_UP_STEPS = 2  # the first makes the base's averages, the second runs as all later ones do
 
 LIMIT_REQUIRED = 1.10  # times the limit and the calls
 OVERHEAD_REQUIRED_MS = 0.4
 EXTRA_COPIES_REQUIRED = 1.05  # one copy; the rest is alignment and scalars
+
+
+#: The rows of a step over as many tensors of one element, and of which row they are the calls.
+PARTS = {CALLS: flatmin_parts, CONTEXT_CALLS: context_parts}
+CALLS_OF = {FLATMIN: CALLS, CONTEXT: CONTEXT_CALLS}
 
 
 # ---- measuring ----
@@ -124,8 +136,8 @@ def _allocations(trace: Path) -> Iterator[tuple[int, int]]:
         yield event["args"]["Bytes"], event["args"]["Total Allocated"]
 
 
-def extra_bytes(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor], folder: Path) -> int:
-    """Peak of what a row allocates in two steps, beyond its parameters and their momentum."""
+def extra_bytes(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor], averages: int, folder: Path) -> int:
+    """Peak of what a row allocates in two steps, beyond its parameters and the base's averages of them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = build(parameters(values, grads))
         for _ in range(WARM_UP_STEPS):
@@ -135,7 +147,7 @@ def extra_bytes(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor
     allocations = list(_allocations(trace))
     size, total = allocations[0]
     peak = max(after for _, after in allocations) - (total - size)
-    return peak - 2 * sum(g.nbytes for g in grads)
+    return peak - (1 + averages) * sum(g.nbytes for g in grads)
 
 
 class Machine(NamedTuple):
@@ -143,7 +155,7 @@ class Machine(NamedTuple):
 
     device: torch.device
     timed: Callable[[Step], float]  # ms
-    extra_bytes: Callable[[Builder, Sequence[Tensor], Sequence[Tensor]], int]
+    extra_bytes: Callable[[Builder, Sequence[Tensor], Sequence[Tensor], int], int]
     limits: Callable[[int], dict[str, Step]]  # rows that show the machine's bandwidth, for so many elements
 
     @property
@@ -152,8 +164,8 @@ class Machine(NamedTuple):
 
 
 def cpu(library: ctypes.CDLL | None, folder: Path) -> Machine:
-    def extra(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor]) -> int:
-        return extra_bytes(build, values, grads, folder)
+    def extra(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor], averages: int) -> int:
+        return extra_bytes(build, values, grads, averages, folder)
 
     def limits(elements: int) -> dict[str, Step]:
         return limit_steps(library, elements, torch.get_num_threads()) if library is not None else {}
@@ -162,53 +174,53 @@ def cpu(library: ctypes.CDLL | None, folder: Path) -> Machine:
 
 
 def first_gpu() -> Machine:
-    def extra(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor]) -> int:
-        return cuda_timing.extra_bytes(build, parameters(values, grads), WARM_UP_STEPS)
+    def extra(build: Builder, values: Sequence[Tensor], grads: Sequence[Tensor], averages: int) -> int:
+        return cuda_timing.extra_bytes(build, parameters(values, grads), averages, WARM_UP_STEPS)
 
     return Machine(cuda_timing.DEVICE, cuda_timing.milliseconds, extra, lambda _: cuda_timing.copy_step())
 
 
-def calls_alone(halves: Sequence[Step], before: Step, rounds: int) -> list[float]:
-    """Times in ms of a step in halves, each right after the step ``before``."""
+def calls_alone(parts: Sequence[Step], before: Step, rounds: int) -> list[float]:
+    """Times in ms of a step in parts, each right after the step ``before``."""
     times = []
     for _ in range(WARM_UP_STEPS + rounds):
         spent = 0.0
-        for half in halves:
+        for part in parts:
             settled_milliseconds(before)
-            spent += milliseconds(half)
+            spent += milliseconds(part)
         times.append(spent)
     return times[WARM_UP_STEPS:]
 
 
-def measure(name: str, rounds: int, with_compile: bool, machine: Machine) -> dict[str, Any]:
+def measure(name: str, base: Base, rounds: int, with_compile: bool, machine: Machine) -> dict[str, Any]:
     """One run over one shape set: times of each row in ms, the memory they take, and how long the host launches."""
     shapes = SHAPE_SETS[name]()
     elements = sum(math.prod(shape) for shape in shapes)
     values = random_tensors(shapes, 0, machine.device)
     grads = [g.mul_(1e-2) for g in random_tensors(shapes, 1, machine.device)]
     ones = [torch.ones(1, device=machine.device) for _ in shapes]
-    rows = builders(with_compile, with_foreach=machine.is_gpu)
+    rows = builders(base, with_compile, with_foreach=machine.is_gpu)
     weights = {row: parameters(values, grads) for row in rows}
     steps = {row: build(weights[row]) for row, build in rows.items()}
-    small = flatmin_halves(parameters(ones, ones))
+    small = {row: parts(parameters(ones, ones), base) for row, parts in PARTS.items()}
     warm_up = {row: sum(milliseconds(step) for _ in range(WARM_UP_STEPS)) for row, step in steps.items()}
     check_agreement(weights)
     if moves_data(name):
         steps |= machine.limits(elements)
         if machine.is_gpu:
-            steps[CALLS] = flatmin_fused(parameters(ones, ones))
+            steps |= {row: in_turn(parts, base)(parameters(ones, ones)) for row, parts in PARTS.items()}
     times = interleaved(steps, rounds, name, machine.timed)
     if moves_data(name) and not machine.is_gpu:
-        times[CALLS] = calls_alone(small, steps[FLATMIN], rounds)
+        times |= {row: calls_alone(parts, steps[FLATMIN], rounds) for row, parts in small.items()}
     host = cuda_timing.host_medians(steps, rounds) if machine.is_gpu else {}
     del steps, weights
-    nbytes = ITEMSIZE * elements
+    nbytes, averages = ITEMSIZE * elements, base.averages
     return {
         "tensors": len(shapes),
         "parameters": elements,
         "compile_seconds": warm_up[COMPILED] / 1e3 if COMPILED in rows else None,
         "times": times,
-        "extra": {row: machine.extra_bytes(build, values, grads) / nbytes for row, build in rows.items()},
+        "extra": {row: machine.extra_bytes(build, values, grads, averages) / nbytes for row, build in rows.items()},
         "host": host,
     }
 
@@ -221,37 +233,46 @@ def moves_data(name: str) -> bool:
 # ---- figures and output ----
 
 
-def _moved_bytes(row: str, elements: int) -> int:
+def _moved_bytes(row: str, base: Base, elements: int) -> int:
     """What a step has to move, whatever the row does."""
     if row == cuda_timing.COPY:
         return 2 * cuda_timing.COPY_BYTES
-    if row == CALLS:
+    if row in PARTS:
         return 0
-    return (1 if row == READ else 2 if row in COPIES else STEP_STREAMS) * ITEMSIZE * elements
+    streams = 1 if row == READ else 2 if row in COPIES else STREAMS[FLATMIN] if row in LIMITS else base.streams[FLATMIN]
+    return streams * ITEMSIZE * elements
 
 
-def _limit_ms(median: dict[str, float], elements: int) -> float | None:
-    """The least time in which this machine moves the streams of a step, if that was measured."""
+def _stream_ms(median: dict[str, float], elements: int) -> float | None:
+    """The least time in which this machine moves a stream of a step, if that was measured."""
     if cuda_timing.COPY in median:
-        return cuda_timing.predicted_ms(STEP_STREAMS * ITEMSIZE * elements, median[cuda_timing.COPY])
-    return min((median[row] for row in LIMITS if row in median), default=None)
+        return cuda_timing.predicted_ms(ITEMSIZE * elements, median[cuda_timing.COPY])
+    limit = min((median[row] for row in LIMITS if row in median), default=None)
+    return limit and limit / STREAMS[FLATMIN]
 
 
-def figures(name: str, run: dict[str, Any]) -> list[Figure]:
+def figures(name: str, base: Base, run: dict[str, Any]) -> list[Figure]:
     """What is asked of flatmin, as far as this run measured it."""
     median = {row: statistics.median(times) for row, times in run["times"].items()}
-    if name == "overhead":
+    stream = _stream_ms(median, run["parameters"]) if moves_data(name) else None
+    least = {}  # ms of the streams and the calls
+    if stream is not None:
+        least = {row: base.streams[row] * stream + median[CALLS_OF[row]] for row in CALLS_OF}
+    allowed = least[CONTEXT] / least[FLATMIN] if least else None
+    after = Figure(
+        "after the context, times the closure path", median[CONTEXT] / median[FLATMIN], base.context_required, allowed
+    )
+    if not moves_data(name):
         spent = run["host"].get(FLATMIN, median[FLATMIN])
-        return [Figure(f"ms for a step of {run['tensors']} one-element tensors", spent, OVERHEAD_REQUIRED_MS)]
-    found = [Figure("extra copies of the parameters", run["extra"][FLATMIN], EXTRA_COPIES_REQUIRED)]
-    limit = _limit_ms(median, run["parameters"])
-    if limit is not None:
-        over = median[FLATMIN] / (limit + median[CALLS])
+        return [Figure(f"ms for a step of {run['tensors']} one-element tensors", spent, OVERHEAD_REQUIRED_MS), after]
+    found = [after, Figure("extra copies of the parameters", run["extra"][FLATMIN], EXTRA_COPIES_REQUIRED)]
+    if least:
+        over = median[FLATMIN] / least[FLATMIN]
         found.insert(0, Figure("time over the limit and the calls", over, LIMIT_REQUIRED))
     return found
 
 
-def combined(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def combined(name: str, base: Base, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything about one shape set, as it goes into the JSON; the first run is the one that compiled."""
     times = pooled([run["times"] for run in runs])
     median = {row: statistics.median(values) for row, values in times.items()}
@@ -260,15 +281,15 @@ def combined(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row, values in times.items():
         quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         hosts = [run["host"][row] for run in runs if row in run["host"]]
-        by_model = copy is not None and row in STREAMS
+        by_model = copy is not None and row in base.streams
         rows[row] = {
             "median_ms": median[row],
             "quartiles_ms": [quartiles[0], quartiles[2]],
             "ratio": median[row] / median[FLATMIN],
-            "gb_per_s": _moved_bytes(row, elements) / median[row] / 1e6,
+            "gb_per_s": _moved_bytes(row, base, elements) / median[row] / 1e6,
             "extra_copies": extra.get(row),
             "host_ms": statistics.median(hosts) if hosts else None,
-            "model_ms": cuda_timing.predicted_ms(STREAMS[row] * ITEMSIZE * elements, copy) if by_model else None,
+            "model_ms": cuda_timing.predicted_ms(base.streams[row] * ITEMSIZE * elements, copy) if by_model else None,
         }
     return {
         "runs": len(runs),
@@ -276,23 +297,23 @@ def combined(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "parameters": elements,
         "compile_seconds": runs[0]["compile_seconds"],
         "rows": rows,
-        "targets": judged([figures(name, run) for run in runs]),
+        "targets": judged([figures(name, base, run) for run in runs]),
     }
 
 
-def print_report(name: str, result: dict[str, Any]) -> None:
+def print_report(name: str, base: Base, result: dict[str, Any]) -> None:
     on_gpu = result["rows"][FLATMIN]["host_ms"] is not None
-    columns = f"  {'row':34} {'ms':>9} {'ratio':>7} {'GB/s':>7} {'extra':>7}" + f" {'host':>7} {'model':>7}" * on_gpu
+    columns = f"  {'row':47} {'ms':>9} {'ratio':>7} {'GB/s':>7} {'extra':>7}" + f" {'host':>7} {'model':>7}" * on_gpu
     print(f"\n{name}: {result['tensors']} tensors, {result['parameters']:,} parameters")
     print(columns)
     for row, values in result["rows"].items():
         numbers = f"{values['median_ms']:9.3f} {values['ratio']:7.2f} {values['gb_per_s']:7.1f}"
         extra = "" if values["extra_copies"] is None else f"{values['extra_copies']:.2f}"
         host, model = ("" if values[key] is None else f"{values[key]:.3f}" for key in ("host_ms", "model_ms"))
-        print(f"  {row:34} {numbers} {extra:>7} {host:>7} {model:>7}".rstrip())
+        print(f"  {row:47} {numbers} {extra:>7} {host:>7} {model:>7}".rstrip())
     if cuda_timing.COPY in result["rows"]:
         share = result["rows"][FLATMIN]["gb_per_s"] / result["rows"][cuda_timing.COPY]["gb_per_s"]
-        print(f"  {FLATMIN} moves its {STEP_STREAMS} streams at {share:.0%} of the bandwidth of a copy")
+        print(f"  {FLATMIN} moves its {base.streams[FLATMIN]} streams at {share:.0%} of the bandwidth of a copy")
     if result["compile_seconds"] is not None:
         print(f"  torch.compile took {result['compile_seconds']:.0f} s, not in its row")
     print_judged(result["targets"], result["runs"])
@@ -301,6 +322,7 @@ def print_report(name: str, result: dict[str, Any]) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time one SAM step of flatmin and of its peers, side by side.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPE_SETS), default=list(SHAPE_SETS), metavar="SET")
+    parser.add_argument("--base", choices=list(BASES), default="sgd", help="optimizer under SAM (default sgd)")
     parser.add_argument("--rounds", type=int, default=30, help="steps per row and run, at least 1 (default 30)")
     parser.add_argument("--runs", type=int, default=3, help="times that everything is measured (default 3)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU (default cpu)")
@@ -318,19 +340,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_on(name: str, device: str, threads: int, rounds: int, with_compile: bool) -> dict[str, Any]:
+def measure_on(name: str, base: str, device: str, threads: int, rounds: int, with_compile: bool) -> dict[str, Any]:
     """:func:`measure` on a device with so many threads, in this process."""
     torch.set_num_threads(threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise prints two lines on stderr for every row
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a kept cache would hide the time to compile
         machine = first_gpu() if device == "cuda" else cpu(compile_limits(Path(folder)), Path(folder))
-        return measure(name, rounds, with_compile and moves_data(name), machine)
+        return measure(name, BASES[base], rounds, with_compile and moves_data(name), machine)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    base = BASES[args.base]
     report: dict[str, Any] = {"environment": environment(args.threads, args.rounds, args.runs), "shapes": {}}
+    report["environment"]["base"] = args.base
     if args.device == "cuda":
         report["environment"] |= cuda_timing.environment()
     print_environment(report["environment"])
@@ -338,10 +362,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in range(args.runs):  # minutes lie between two runs of a shape set, as between two calls
         for name, results in measured.items():
             with_compile = run == 0 and not args.no_compile
-            results.append(in_fresh_process(measure_on, name, args.device, args.threads, args.rounds, with_compile))
-            report["shapes"][name] = combined(name, results)
+            how = (args.device, args.threads, args.rounds, with_compile)
+            results.append(in_fresh_process(measure_on, name, args.base, *how))
+            report["shapes"][name] = combined(name, base, results)
             if run == args.runs - 1:
-                print_report(name, report["shapes"][name])
+                print_report(name, base, report["shapes"][name])
             if args.json:
                 args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ FLATMIN_ROWS = {
     "flatmin.SAM, plain base step",
     "flatmin.ops",
 }
+CALLS_ROWS = {"flatmin.SAM, calls alone", "flatmin.SAM, calls alone, step after the context"}
 PEER_ROWS = {"pytorch-optimizer SAM, foreach off", "pytorch-optimizer SAM, foreach on"}
 STEP_LIMIT_ROWS = {"limit, plain stores", "limit, streaming stores"}
 LIMIT_ROWS = STEP_LIMIT_ROWS | {"read", "copy, plain stores", "copy, streaming stores"}
@@ -45,7 +46,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
 def test_quick_has_a_row_for_everything_installed(quick: tuple[dict[str, Any], str]) -> None:
     report, table = quick
     rows = report["shapes"]["mnist"]["rows"]
-    expected = FLATMIN_ROWS | {"textbook eager SAM", "flatmin.SAM, calls alone"}
+    expected = FLATMIN_ROWS | CALLS_ROWS | {"textbook eager SAM"}
     if find_spec("pytorch_optimizer"):
         expected |= PEER_ROWS
     if shutil.which("cc"):
@@ -92,10 +93,12 @@ def test_quick_names_its_environment(quick: tuple[dict[str, Any], str]) -> None:
 def test_quick_reports_targets(quick: tuple[dict[str, Any], str]) -> None:
     """No peer is in them. The memory holds on any machine."""
     report, table = quick
-    *over, memory = report["shapes"]["mnist"]["targets"]
+    *over, after, memory = report["shapes"]["mnist"]["targets"]
     assert memory["what"] == "extra copies of the parameters"
     assert (memory["verdict"], memory["met"]) == ("met", True)
     assert memory["measured"] <= memory["required"]
+    assert after["what"] == "after the context, times the closure path"
+    assert (after["limit"] is not None) == bool(shutil.which("cc"))
     assert [each["what"] for each in over] == ["time over the limit and the calls"] * bool(shutil.which("cc"))
     assert "one run: no spread" in table
 
@@ -108,35 +111,76 @@ def sam_step(monkeypatch: pytest.MonkeyPatch) -> Any:
     return sam_step
 
 
+@pytest.mark.parametrize("base", ["sgd", "adam", "adamw"])
+def test_rows_agree_on_the_weights_whatever_the_base(sam_step: Any, base: str) -> None:
+    import torch
+
+    shapes = [(3, 4), (5,)]
+    values, grads = (sam_step.random_tensors(shapes, seed, torch.device("cpu")) for seed in (0, 1))
+    weights = {}
+    for row, build in sam_step.builders(sam_step.BASES[base], with_compile=False).items():
+        weights[row] = sam_step.parameters(values, grads)
+        step = build(weights[row])
+        step()
+        step()
+    sam_step.check_agreement(weights)
+    weights["flatmin.SAM"][0].data[0, 0] += 1e-4
+    with pytest.raises(RuntimeError, match=r"flatmin\.SAM and textbook eager SAM disagree"):
+        sam_step.check_agreement(weights)
+
+
 def one_run(flatmin: list[float], **others: Any) -> dict[str, Any]:
-    """A run in which the limit is 4 ms, the calls take 1 and the textbook 12."""
+    """A run in which the limit is 4 ms, the calls take 1 or, after the context, 2, and the textbook 12."""
     times = {"flatmin.SAM": flatmin, "textbook eager SAM": [12.0], "limit, plain stores": [5.0]}
-    times |= {"limit, streaming stores": [4.0], "flatmin.SAM, calls alone": [1.0]}
+    times |= {"limit, streaming stores": [4.0], "flatmin.SAM, step after the context": [9.0]}
+    times |= {"flatmin.SAM, calls alone": [1.0], "flatmin.SAM, calls alone, step after the context": [2.0]}
     run = {"times": times, "extra": {"flatmin.SAM": 1.0}, "host": {}, "tensors": 3, "parameters": 1000}
     return run | {"compile_seconds": None} | others
 
 
 def test_the_step_is_held_against_the_faster_limit_and_the_calls(sam_step: Any) -> None:
-    over, memory = sam_step.figures("resnet50", one_run([8.0]))
+    over, _, memory = sam_step.figures("resnet50", sam_step.BASES["sgd"], one_run([8.0]))
     assert (over.measured, over.required) == (8.0 / 5.0, 1.10)
     assert (memory.measured, memory.required) == (1.0, 1.05)
 
 
+def test_adam_moves_two_streams_more(sam_step: Any) -> None:
+    over, after, _ = sam_step.figures("resnet50", sam_step.BASES["adamw"], one_run([8.0]))
+    assert over.measured == pytest.approx(8.0 / (4.8 + 1.0))
+    assert after.limit == pytest.approx((5.6 + 2.0) / (4.8 + 1.0))
+    assert after.required == 1.2
+
+
+def test_what_the_streams_and_the_calls_alone_exceed_is_beyond_the_machine(sam_step: Any) -> None:
+    """12 streams take 4.8 ms and the calls 2; 10 streams take 4 and the calls 1."""
+    runs = [sam_step.figures("resnet50", sam_step.BASES["sgd"], one_run([t])) for t in (6.0, 6.05)]
+    assert runs[0][1].measured == 9.0 / 6.0
+    assert runs[0][1].limit == pytest.approx(6.8 / 5.0)
+    after = sam_step.judged(runs)[1]
+    assert (after["verdict"], after["met"]) == ("beyond the machine", False)
+    alone = [[sam_step.Figure("x", measured, 1.25, 1.2)] for measured in (1.5, 1.51)]
+    assert sam_step.judged(alone)[0]["verdict"] == "missed"
+
+
 def test_a_step_of_small_tensors_is_held_against_a_time(sam_step: Any) -> None:
     """On a GPU against that of the host: the device has nothing to do."""
-    (spent,) = sam_step.figures("overhead", one_run([0.35, 0.37, 0.3]))
+    sgd = sam_step.BASES["sgd"]
+    spent, after = sam_step.figures("overhead", sgd, one_run([0.35, 0.37, 0.3]))
     assert (spent.measured, spent.required) == (0.35, 0.4)
-    (on_gpu,) = sam_step.figures("overhead", one_run([0.02], host={"flatmin.SAM": 0.3}))
+    assert after.limit is None
+    on_gpu, _ = sam_step.figures("overhead", sgd, one_run([0.02], host={"flatmin.SAM": 0.3}))
     assert on_gpu.measured == 0.3
 
 
 def test_on_a_gpu_the_limit_is_a_copy(sam_step: Any) -> None:
     """1 GiB read and written in 1 ms: 10 streams of 4 bytes of 2^26 elements take 1.25 ms."""
     run = one_run([3.0], parameters=2**26)
-    run["times"] = {"flatmin.SAM": [3.0], "flatmin.SAM, calls alone": [0.25], "copy of 1 GiB by torch": [1.0]}
-    over, _ = sam_step.figures("matrices", run)
+    run["times"] = {"flatmin.SAM": [3.0], "flatmin.SAM, step after the context": [4.0], "copy of 1 GiB by torch": [1.0]}
+    run["times"] |= {row: [0.25] for row in CALLS_ROWS}
+    over, after, _ = sam_step.figures("matrices", sam_step.BASES["sgd"], run)
     assert over.measured == pytest.approx(3.0 / 1.5)
-    rows = sam_step.combined("matrices", [run])["rows"]
+    assert after.limit == pytest.approx(1.75 / 1.5)
+    rows = sam_step.combined("matrices", sam_step.BASES["sgd"], [run])["rows"]
     assert rows["flatmin.SAM"]["model_ms"] == pytest.approx(1.25)
     assert rows["copy of 1 GiB by torch"]["model_ms"] is None
 
@@ -164,7 +208,7 @@ def test_runs_are_combined(sam_step: Any) -> None:
     """Rows by all their rounds, of the runs that have them; figures run by run."""
     runs = [one_run([5.0, 6.0]), one_run([5.5])]
     runs[0]["times"]["torch.compile'd SAM"] = [11.0]
-    both = sam_step.combined("mnist", runs)
+    both = sam_step.combined("mnist", sam_step.BASES["sgd"], runs)
     assert both["runs"] == 2
     assert both["rows"]["flatmin.SAM"]["median_ms"] == 5.5
     assert both["rows"]["torch.compile'd SAM"]["ratio"] == 2.0
