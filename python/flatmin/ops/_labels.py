@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,6 +35,21 @@ def _run(name: str, device: torch.device, *args: Any) -> Any:
         _warned.add(device.type)
         warnings.warn(f"flatmin has no kernel for {device.type} tensors; running in plain torch, slower", stacklevel=3)
     return getattr(reference, name)(*args)
+
+
+def check_index(index: Tensor | int, of: Tensor, name: str) -> Tensor:
+    """The numbers of the samples that the tensor ``of`` (called ``name``) holds; raises where they cannot be."""
+    if isinstance(index, Integral):
+        index = torch.tensor(int(index))
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        given = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: {given} given; give the numbers of the samples as an int64 tensor")
+    if tuple(index.shape) != tuple(of.shape[: index.dim()]):
+        raise ValueError(
+            f"index: shape {tuple(index.shape)} given, but {name} have {tuple(of.shape)}; give one number for each, or "
+            "for each entry of the leading dimensions"
+        )
+    return index
 
 
 def _index(index: Tensor | None, device: torch.device) -> Tensor:
@@ -83,11 +99,8 @@ def corrupt_labels(
             raise ValueError(f"p: {p} given; give a probability, from 0 to 1")
         if num_classes == 1 and kind == "exclude_true":
             raise ValueError("num_classes: 1 given, but kind='exclude_true' needs another class to move to")
-    if index is not None and tuple(index.shape) != tuple(labels.shape[: index.dim()]):
-        raise ValueError(
-            f"index: shape {tuple(index.shape)} given, but labels have {tuple(labels.shape)}; give one number for each "
-            "label, or for each entry of the leading dimensions"
-        )
+    if index is not None:
+        index = check_index(index, labels, "labels")
     offset, span = (0, 1) if table is not None else _KINDS[kind](num_classes)
     none = torch.empty(0, dtype=torch.int64, device=labels.device)
     bounds, targets = (none, none) if table is None else table
