@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,22 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} given, but it must be at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} given, but it must be at least 0")
+    return value
+
+
+def at_least_0(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} given, but it must be finite and at least 0")
     return value
 
 
@@ -97,6 +114,8 @@ def main(run: Callable[[], None]) -> None:
         run()
     except UsageError as error:
         sys.exit(f"error: {error}")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # --out is a file, or somebody else's
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -79,10 +79,16 @@ class Log:
         """The state given to the last :meth:`save`, with "epoch", the number of epochs behind: 0 for a new run."""
         if not self.checkpoint_path.is_file():
             return {"epoch": 0}
-        found = torch.load(self.checkpoint_path, weights_only=True)
-        _check_settings(self.checkpoint_path, found["settings"], self.run.settings)
-        self._tick(found["state"]["epoch"])
-        return dict(found["state"])
+        try:
+            found = torch.load(self.checkpoint_path, weights_only=True)
+            settings, state = found["settings"], found["state"]
+        except Exception as error:  # whatever a file of another kind makes of torch.load
+            raise UsageError(
+                f"{self.checkpoint_path}: not a checkpoint ({type(error).__name__}); delete it, and it starts again"
+            ) from error
+        _check_settings(self.checkpoint_path, settings, self.run.settings)
+        self._tick(state["epoch"])
+        return dict(state)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """:meth:`resume`, with model and optimizer put into the state that :meth:`keep` has kept."""

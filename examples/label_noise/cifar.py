@@ -34,7 +34,16 @@ from torch.utils.data import TensorDataset
 import flatmin
 from _common.errors import UsageError
 from _common.files import read_json, write_summary
-from _common.flags import cifar10_flag, common_flags, main, positive_int, size_flags, size_of, training_flags
+from _common.flags import (
+    at_least_0,
+    cifar10_flag,
+    common_flags,
+    main,
+    positive_int,
+    size_flags,
+    size_of,
+    training_flags,
+)
 from _common.images import Source
 from _common.runs import Log, Run, perform, results_in, seed_of
 
@@ -187,14 +196,6 @@ def evaluate_all(args: argparse.Namespace) -> None:
 
 
 # ---- command line ----
-
-
-def at_least_0(text: str) -> float:
-    """argparse type."""
-    value = float(text)
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} given, but it must be finite and at least 0")
-    return value
 
 
 def probability(text: str) -> float:

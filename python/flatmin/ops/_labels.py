@@ -37,13 +37,18 @@ def _run(name: str, device: torch.device, *args: Any) -> Any:
     return getattr(reference, name)(*args)
 
 
-def check_index(index: Tensor | int, of: Tensor, name: str) -> Tensor:
-    """The numbers of the samples that the tensor ``of`` (called ``name``) holds; raises where they cannot be."""
+def _whole(index: Tensor | int) -> Tensor:
     if isinstance(index, Integral):
-        index = torch.tensor(int(index))
+        return torch.tensor(int(index))
     if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         given = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: {given} given; give the numbers of the samples as an int64 tensor")
+    return index
+
+
+def check_index(index: Tensor | int, of: Tensor, name: str) -> Tensor:
+    """The numbers of the samples that the tensor ``of`` (called ``name``) holds; raises where they cannot be."""
+    index = _whole(index)
     if tuple(index.shape) != tuple(of.shape[: index.dim()]):
         raise ValueError(
             f"index: shape {tuple(index.shape)} given, but {name} have {tuple(of.shape)}; give one number for each, or "
@@ -138,7 +143,9 @@ def draw_samples(
         index: int64 [count], the numbers of the samples, with index * inner in [0, 2^50); None: 0, 1, 2, ...
     """
     check_one_of("distribution", distribution, tuple(_LAWS))
-    if index is not None and tuple(index.shape) != (count,):
-        raise ValueError(f"index: shape {tuple(index.shape)} given for {count} samples; give one number for each")
+    if index is not None:
+        index = _whole(index)
+        if tuple(index.shape) != (count,):
+            raise ValueError(f"index: shape {tuple(index.shape)} given for {count} samples; give one number for each")
     drawn: Tensor = _run("draw_samples", key.device, _index(index, key.device), key, count, inner, _LAWS[distribution])
     return drawn
