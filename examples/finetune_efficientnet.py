@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from _common.errors import UsageError
 from _common.files import read_json, write_json
 from _common.flags import at_least_0, main, natural, positive_int
 from _common.intervals import mean_of
@@ -285,7 +286,10 @@ def report(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Probe, train and compare; leave everything in ``--out``."""
     if args.plot_only:
-        report(args, read_json(args.out / "finetune.json"))
+        outcome = read_json(args.out / "finetune.json")
+        if not isinstance(outcome, dict) or not {"results", "probes", "classes", "name"} <= outcome.keys():
+            raise UsageError(f"{args.out / 'finetune.json'}: not what this script writes; run without --plot-only")
+        report(args, outcome)
         return
     if args.threads is not None:
         torch.set_num_threads(args.threads)

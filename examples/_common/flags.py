@@ -38,6 +38,17 @@ def at_least_0(text: str) -> float:
     return value
 
 
+def usable_device(text: str) -> str:
+    """argparse type: the name of a device that this machine has, as it stands."""
+    import torch  # here: scripts without training have no need of it
+
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({str(error).splitlines()[0]})") from error
+    return text
+
+
 def common_flags(parser: argparse.ArgumentParser, out: str) -> None:
     """The flags of every experiment."""
     add = parser.add_argument
@@ -51,7 +62,7 @@ def training_flags(parser: argparse.ArgumentParser, full: str) -> None:
     add = parser.add_argument
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})")
-    add("--device", default="cpu", help="where to train (cpu)")
+    add("--device", type=usable_device, default="cpu", help="where to train (cpu)")
     add("--full", action="store_true", help=f"{full}; sizes that are given count all the same")
 
 

@@ -250,6 +250,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --depth: {args.size.depth} given, but it is 6 n + 2: 8, 14, 20, 26, 32, ...")
     if args.size.shrink not in (1, 2, 4, 8):
         parser.error(f"argument --shrink: {args.size.shrink} given, but it is 1, 2, 4 or 8")
+    if args.size.shrink == 8 and 1 in (args.batch, args.size.train):
+        parser.error("argument --batch: one image of 4x4 pixels has no statistics for BatchNorm; give 2 or more")
     if args.size.epochs < args.size.every:
         parser.error(f"argument --every: {args.size.every} given, but there are {args.size.epochs} epochs")
     for name in ("noise", "method"):

@@ -336,6 +336,9 @@ def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / "sam_0.pt").write_bytes(b"half")
     with pytest.raises(SystemExit, match=r"sam_0.pt: not a checkpoint .*; delete it"):
         command.start([*args, "--out", str(tmp_path)])
+    (tmp_path / "finetune.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"finetune.json: not what this script writes"):
+        command.start(["--plot-only", "--out", str(tmp_path)])
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file"):
         command.start([*args, "--out", str(tmp_path / "file")])
