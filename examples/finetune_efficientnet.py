@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from _common.errors import UsageError
 from _common.files import read_json, write_json
-from _common.flags import main, positive_int
+from _common.flags import at_least_0, main, natural, positive_int
 from _common.intervals import mean_of
 from _common.runs import Log, Run
 from finetune import data as datasets
@@ -95,8 +96,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer-args", nargs="*", default=[], metavar="NAME=VALUE", help="such as weight_decay=1e-4")
     add("--lr", type=float, default=0.002, help="learning rate at its highest")
     add("--epochs", type=positive_int, default=3, metavar="N", help="passes over the training images")
-    add("--warmup", type=float, default=0.5, metavar="EPOCHS", help="in which the learning rate rises; then a cosine")
-    add("--head-epochs", type=int, default=0, metavar="N", help="train the last layer alone at first")
+    add(
+        "--warmup",
+        type=at_least_0,
+        default=0.5,
+        metavar="EPOCHS",
+        help="of rising learning rates; then a cosine",
+    )
+    add("--head-epochs", type=natural, default=0, metavar="N", help="train the last layer alone at first")
     add("--batchnorm", choices=("frozen", "trained"), default="frozen", help="statistics of BatchNorm")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images in an update, of all processes")
     add("--accumulate", type=positive_int, default=1, metavar="K", help="pieces of a batch, one gradient after another")
@@ -119,16 +126,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("measuring and files")
     add = group.add_argument
     add("--sharpness-images", type=int, default=128, metavar="N", help="to measure sharpness on at the end; 0: none")
-    add("--sharpness-rho", type=float, default=0.05, metavar="R", help="radius of the m-sharpness")
+    add("--sharpness-rho", type=at_least_0, default=0.05, metavar="R", help="radius of the m-sharpness")
     add("--sharpness-products", type=positive_int, default=10, metavar="N", help="steps of Lanczos for lambda_1")
     add("--out", type=Path, default=Path("out/finetune"), metavar="FOLDER", help="results, weights and figures")
     add("--plot-only", action="store_true", help="print and draw again what lies in --out")
     add("--device", default="auto", help="where to train")
     add("--threads", type=positive_int, metavar="N", help="CPU threads (torch's choice)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that load images")
+    add("--workers", type=natural, default=0, metavar="N", help="processes that load images")
     args = parser.parse_args(argv)
     if args.compare is not None and not args.compare:
         args.compare = ["sgd", "sam", "smooth"]
+    if args.seeds > 1 and args.compare is None:
+        parser.error(f"--seeds: {args.seeds} given, which are those of a comparison; add --compare (sgd, sam, ...)")
     if not 0.0 < args.smallest_crop <= 1.0:
         parser.error(f"--smallest-crop: {args.smallest_crop} given; give a share in (0, 1]")
     if args.sharpness_images and args.sharpness_images < 32:
@@ -277,7 +286,10 @@ def report(args: argparse.Namespace, outcome: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Probe, train and compare; leave everything in ``--out``."""
     if args.plot_only:
-        report(args, read_json(args.out / "finetune.json"))
+        outcome = read_json(args.out / "finetune.json")
+        if not isinstance(outcome, dict) or not {"results", "probes", "classes", "name"} <= outcome.keys():
+            raise UsageError(f"{args.out / 'finetune.json'}: not what this script writes; run without --plot-only")
+        report(args, outcome)
         return
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -285,6 +297,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         found = datasets.load(args.data, args.limit_train, args.limit_test)
         planned = plan(args, found, place)
+        models.check_size(next(iter(planned.values()))[0].settings["model"], args.size)
         if place.speaks:
             sizes = f"{len(found.train.labels):,} to train on, {len(found.test.labels):,} to test on"
             print(f"Data: {found.name}, {len(found.classes)} classes; {sizes}, at {args.size} pixels", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,33 @@ def positive_int(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} given, but it must be at least 0")
+    return value
+
+
+def at_least_0(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} given, but it must be finite and at least 0")
+    return value
+
+
+def usable_device(text: str) -> str:
+    """argparse type: the name of a device that this machine has, as it stands."""
+    import torch  # here: scripts without training have no need of it
+
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({str(error).splitlines()[0]})") from error
+    return text
+
+
 def common_flags(parser: argparse.ArgumentParser, out: str) -> None:
     """The flags of every experiment."""
     add = parser.add_argument
@@ -34,7 +62,7 @@ def training_flags(parser: argparse.ArgumentParser, full: str) -> None:
     add = parser.add_argument
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--jobs", type=positive_int, default=jobs, metavar="N", help=f"runs at a time, each on one thread ({jobs})")
-    add("--device", default="cpu", help="where to train (cpu)")
+    add("--device", type=usable_device, default="cpu", help="where to train (cpu)")
     add("--full", action="store_true", help=f"{full}; sizes that are given count all the same")
 
 
@@ -97,6 +125,8 @@ def main(run: Callable[[], None]) -> None:
         run()
     except UsageError as error:
         sys.exit(f"error: {error}")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # --out is a file, or somebody else's
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

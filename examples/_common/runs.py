@@ -53,6 +53,13 @@ def _check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -
             )
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or "settings" not in found:
+        raise UsageError(f"{path}: not the result of a run; delete it, and the run is made again")
+    return found
+
+
 class Log:
     """Where a run is kept while it is under way, and afterwards.
 
@@ -71,7 +78,7 @@ class Log:
         """What a finished run gave; None while it is not."""
         if not self.result_path.is_file():
             return None
-        result: dict[str, Any] = read_json(self.result_path)
+        result = _read_result(self.result_path)
         _check_settings(self.result_path, result["settings"], self.run.settings)
         return result
 
@@ -79,10 +86,16 @@ class Log:
         """The state given to the last :meth:`save`, with "epoch", the number of epochs behind: 0 for a new run."""
         if not self.checkpoint_path.is_file():
             return {"epoch": 0}
-        found = torch.load(self.checkpoint_path, weights_only=True)
-        _check_settings(self.checkpoint_path, found["settings"], self.run.settings)
-        self._tick(found["state"]["epoch"])
-        return dict(found["state"])
+        try:
+            found = torch.load(self.checkpoint_path, weights_only=True)
+            settings, state = found["settings"], found["state"]
+        except Exception as error:  # whatever a file of another kind makes of torch.load
+            raise UsageError(
+                f"{self.checkpoint_path}: not a checkpoint ({type(error).__name__}); delete it, and it starts again"
+            ) from error
+        _check_settings(self.checkpoint_path, settings, self.run.settings)
+        self._tick(state["epoch"])
+        return dict(state)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """:meth:`resume`, with model and optimizer put into the state that :meth:`keep` has kept."""
@@ -136,7 +149,7 @@ def perform(folder: Path, runs: Sequence[Run], train: Train, jobs: int, descript
 
 def results_in(folder: Path) -> list[dict[str, Any]]:
     """What all finished runs in ``folder`` gave, by name."""
-    results = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
+    results = [_read_result(path) for path in sorted((folder / "runs").glob("*.json"))]
     if not results:
         raise UsageError(f"--out {folder}: no finished runs; run without --plot-only")
     return results

@@ -46,8 +46,9 @@ class Files(NamedTuple):
     def read(self, i: int) -> Image.Image:
         file = self.files[i]
         try:
-            return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                return image.convert("RGB")
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise UsageError(f"{self.names[i]}: cannot be read as an image ({error})") from error
 
 
@@ -105,7 +106,7 @@ class Data(NamedTuple):
 def _members(path: Path) -> Iterator[tuple[str, Path | bytes]]:
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in SUFFIXES:
+            if file.suffix.lower() in SUFFIXES and file.is_file():
                 yield file.relative_to(path).as_posix(), file
         return
     try:
@@ -119,20 +120,25 @@ def _members(path: Path) -> Iterator[tuple[str, Path | bytes]]:
 
 
 def from_files(path: Path) -> Data:
-    """``train/<class>/`` and ``test/<class>/`` (or ``val``) anywhere in a folder or archive, or ``<class>/`` alone, of
-    which a fifth is then held out to test on."""
+    """``train/<class>/`` and ``test/<class>/`` (``val`` where there is no ``test``) anywhere in a folder or archive, or
+    ``<class>/`` alone, of which a fifth is then held out to test on."""
     if not path.exists():
         raise UsageError(f"--data {path}: no such file or folder")
-    found: dict[str, list[tuple[str, Path | bytes, str]]] = {"train": [], "test": [], "": []}
+    found: dict[str, list[tuple[str, Path | bytes, str]]] = {"train": [], "test": [], "val": [], "": []}
     for name, file in _members(path):
         *_, part, label, _ = ("", "", *name.split("/"))
-        part = {"train": "train", "test": "test", "val": "test", "valid": "test"}.get(part.lower(), "")
+        part = {"train": "train", "test": "test", "val": "val", "valid": "val"}.get(part.lower(), "")
         if label:
             found[part].append((f"{path}: {name}", file, label))
+    held_out = found.pop("val")
+    found["test"] = found["test"] or held_out
     if not (found["train"] and found["test"]):
         if found["train"] or found["test"] or not found[""]:
             counts = ", ".join(f"{len(files)} in {part or '<class>'}/" for part, files in found.items())
-            raise UsageError(f"--data {path}: want train/<class>/ and test/<class>/, or <class>/; images: {counts}")
+            raise UsageError(
+                f"--data {path}: want train/<class>/ and test/<class>/, or <class>/, of which a fifth is held out; "
+                f"images: {counts}"
+            )
         return _split(path.name, found[""])
     classes = tuple(sorted({label for _, _, label in found["train"]}))
     unknown = {label for _, _, label in found["test"]} - set(classes)
@@ -153,12 +159,16 @@ def _split(name: str, files: Sequence[tuple[str, Path | bytes, str]]) -> Data:
 
 
 def _held_out(name: str, whole: Part, classes: tuple[str, ...], flip: bool) -> Data:
-    """A fifth of the images, of every class, to test on: always the same ones."""
+    """A fifth of the images, of every class that has two or more, to test on: always the same ones."""
     rows = whole.first(max(len(classes), round(HELD_OUT * len(whole.labels)))).rows
     tested = torch.zeros(len(whole.labels), dtype=torch.bool)
     tested[rows] = True
+    for label in whole.labels.unique():
+        mine = (whole.labels == label).nonzero().flatten()
+        if bool(tested[mine].all()):  # something to learn the class from comes first
+            tested[mine[0]] = False
     train, test = (Part(whole.source, whole.rows[mask], whole.labels[mask]) for mask in (~tested, tested))
-    if not len(train.labels):
+    if not len(test.labels):
         raise UsageError(f"{name}: {len(whole.labels)} images of {len(classes)} classes are too few to hold some out")
     return Data(name, train, test, classes, flip)
 
@@ -275,6 +285,16 @@ class View(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.part.labels[i]), i
 
 
+class Loader(DataLoader[Any]):
+    """torch's, but what is wrong with an image is said in one line by a worker too."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except UsageError as error:  # of a worker: its traceback, with the message at its end
+            raise UsageError(str(error).rpartition("UsageError: ")[2].strip()) from error
+
+
 def loader(view: View, batches: Sequence[Tensor], workers: int) -> DataLoader[Any]:
     """Images uint8 [N, 3, size, size], labels int64 [N] and positions int64 [N] of every batch of positions."""
-    return DataLoader(view, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers)
+    return Loader(view, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers)

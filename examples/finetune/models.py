@@ -75,7 +75,11 @@ def package_weights() -> dict[str, Tensor]:
 
 def _load(model: nn.Module, weights: dict[str, Tensor], origin: str) -> bool:
     """Load ``weights``, but for a last layer of another number of classes. Whether the last layer was loaded."""
-    last = f"{model.pretrained_cfg['classifier']}."
+    names = model.pretrained_cfg["classifier"]  # two of distilled networks
+    last = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UsageError(f"{origin}: no checkpoint of a network alone; no tensors are {strange[:3]}")
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     kept = {key: value for key, value in weights.items() if not key.startswith(last) or value.shape == shapes.get(key)}
     try:
@@ -155,8 +159,16 @@ def moments(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def head(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of the last layer."""
-    return model.get_classifier().parameters()
+    """Parameters of the last layer, or of the two that distilled networks have."""
+    found = model.get_classifier()
+    return (p for layer in (found if isinstance(found, tuple) else (found,)) for p in layer.parameters())
+
+
+def check_size(name: str, size: int) -> None:
+    """``UsageError`` where the network takes images of one size alone, as many transformers do, and not of this."""
+    cfg = import_timm().get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size and size != cfg.input_size[-1]:
+        raise UsageError(f"--size {size}: {name} takes images of {cfg.input_size[-1]} pixels alone; give that --size")
 
 
 def batchnorms(model: nn.Module) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,15 +48,21 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> 
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise UsageError(f"the linear probe is scikit-learn's ({error}); pip install scikit-learn") from error
+    if not (bool(train.isfinite().all()) and bool(test.isfinite().all())):
+        raise UsageError("the features of the network are not all finite; are the --weights?")
+    if len(labels.unique()) < 2:
+        raise UsageError(f"the {len(labels)} training images are all of one class; give images of two classes or more")
     mean, std = train.mean(0), train.std(0) + 1e-6
     x, y = ((train - mean) / std).double().numpy(), labels.numpy()
     held_out = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(1, len(x) // 5)].numpy()
-    kept = [i for i in range(len(x)) if i not in set(held_out.tolist())]
+    kept = np.setdiff1d(np.arange(len(x)), held_out)
 
     def fit(strength: float, rows: Any) -> Any:
         return LogisticRegression(C=strength, max_iter=300).fit(x[rows], y[rows])
 
-    best = max(STRENGTHS, key=lambda strength: fit(strength, kept).score(x[held_out], y[held_out]))
+    best = STRENGTHS[0]
+    if len(set(y[kept])) > 1:  # else there are too few images to choose by
+        best = max(STRENGTHS, key=lambda strength: fit(strength, kept).score(x[held_out], y[held_out]))
     model = fit(best, slice(None))
     return {
         "accuracy": 100.0 * float(model.score(((test - mean) / std).double().numpy(), truth.numpy())),

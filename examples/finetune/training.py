@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import math
 import time
 import warnings
@@ -56,6 +57,10 @@ def make_optimizer(s: SimpleNamespace, model: nn.Module) -> torch.optim.Optimize
     base_class = getattr(torch.optim, s.optimizer, None)
     if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
         raise UsageError(f"--optimizer {s.optimizer}: torch.optim has no such class; SGD, AdamW and RMSprop are there")
+    step = inspect.signature(base_class.step).parameters.get("closure")
+    if (step is not None and step.default is inspect.Parameter.empty) or s.optimizer == "SparseAdam":
+        reason = "takes sparse gradients alone" if s.optimizer == "SparseAdam" else "calls its closure as it likes"
+        raise UsageError(f"--optimizer {s.optimizer}: {reason}; give another, such as SGD or AdamW")
     options: dict[str, Any] = {"lr": s.lr}
     if s.optimizer == "SGD":
         options |= {"momentum": 0.9, "weight_decay": 1e-5}  # Foret et al. 2020, fine-tuning
@@ -238,7 +243,15 @@ class Learner:
                 x = (images.to(self.place.device) / 255 - self.mean) / self.std
                 y = self._targets(rows).to(self.place.device)
                 lr = max(lr, self.optimizer.param_groups[0]["lr"])
-                loss, logits = self._step(module, x.contiguous(memory_format=torch.channels_last), y)
+                try:
+                    loss, logits = self._step(module, x.contiguous(memory_format=torch.channels_last), y)
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise UsageError(
+                        f"--batchnorm trained: one image of {self.s.size} pixels has no statistics; give two or more "
+                        "in each piece of a batch (--batch-size, --accumulate, processes), or --batchnorm frozen"
+                    ) from error
                 hard = self.labels[rows].to(self.place.device)
                 fitted, wrong = logits.argmax(1) == hard, self.wrong[rows].to(self.place.device)
                 sums += torch.stack([loss * len(rows), fitted.sum(), wrong.sum(), (fitted & wrong).sum()])

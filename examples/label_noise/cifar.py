@@ -34,7 +34,16 @@ from torch.utils.data import TensorDataset
 import flatmin
 from _common.errors import UsageError
 from _common.files import read_json, write_summary
-from _common.flags import cifar10_flag, common_flags, main, positive_int, size_flags, size_of, training_flags
+from _common.flags import (
+    at_least_0,
+    cifar10_flag,
+    common_flags,
+    main,
+    positive_int,
+    size_flags,
+    size_of,
+    training_flags,
+)
 from _common.images import Source
 from _common.runs import Log, Run, perform, results_in, seed_of
 
@@ -189,14 +198,6 @@ def evaluate_all(args: argparse.Namespace) -> None:
 # ---- command line ----
 
 
-def at_least_0(text: str) -> float:
-    """argparse type."""
-    value = float(text)
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} given, but it must be finite and at least 0")
-    return value
-
-
 def probability(text: str) -> float:
     """argparse type."""
     value = float(text)
@@ -249,6 +250,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --depth: {args.size.depth} given, but it is 6 n + 2: 8, 14, 20, 26, 32, ...")
     if args.size.shrink not in (1, 2, 4, 8):
         parser.error(f"argument --shrink: {args.size.shrink} given, but it is 1, 2, 4 or 8")
+    if args.size.shrink == 8 and 1 in (args.batch, args.size.train):
+        parser.error("argument --batch: one image of 4x4 pixels has no statistics for BatchNorm; give 2 or more")
     if args.size.epochs < args.size.every:
         parser.error(f"argument --every: {args.size.every} given, but there are {args.size.epochs} epochs")
     for name in ("noise", "method"):

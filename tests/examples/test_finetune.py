@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -306,11 +307,57 @@ def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
         ("--rho -1", "rho"),
         ("--device nowhere", "cannot be used"),
         ("--lr 1e30", "give a smaller --lr"),
+        ("--optimizer LBFGS --method sgd", "--optimizer LBFGS: calls its closure"),
+        ("--optimizer SparseAdam", "--optimizer SparseAdam: takes sparse gradients"),
+        ("--batchnorm trained --batch-size 1", "--batchnorm trained: one image of 32 pixels has no statistics"),
+        ("--model vit_tiny_patch16_224", "--size 32: vit_tiny_patch16_224 takes images of 224 pixels alone"),
     ],
 )
 def test_errors_of_usage(folder: Path, tmp_path: Path, flags: str, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         command.start(["--data", str(folder), *TINY, "--epochs", "1", *flags.split(), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--warmup nan", "--warmup -1", "--head-epochs -1", "--workers -1", "--sharpness-rho -1", "--seeds 2"],
+)
+def test_bad_flags(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is trained."""
+    with pytest.raises(SystemExit, match="2"):
+        command.parse_args(flags.split())
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_files_that_are_none(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint that cannot be read, weights that are no tensors or not finite, an --out that is a file."""
+    args = ["--data", str(folder), *TINY, "--epochs", "1"]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sam_0.pt").write_bytes(b"half")
+    with pytest.raises(SystemExit, match=r"sam_0.pt: not a checkpoint .*; delete it"):
+        command.start([*args, "--out", str(tmp_path)])
+    (tmp_path / "finetune.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"finetune.json: not what this script writes"):
+        command.start(["--plot-only", "--out", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file"):
+        command.start([*args, "--out", str(tmp_path / "file")])
+    state = models.create("test_efficientnet", "none", 3).state_dict()
+    for change, message in (({"classifier.weight": 3}, "no tensors are"), ({"conv_stem.weight": math.nan}, "finite")):
+        ((key, value),) = change.items()
+        made = value if isinstance(value, int) else state[key] * value
+        torch.save(state | {key: made}, tmp_path / "weights.pt")
+        weights_of = ["--weights", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "other")]
+        with pytest.raises(SystemExit, match=message):
+            command.start([*args, *weights_of])
+
+
+def test_two_last_layers() -> None:
+    """Distilled networks have two; both are new where the classes are."""
+    model = models.create("deit_tiny_distilled_patch16_224", "none", 3)
+    assert [tuple(p.shape) for p in models.head(model)] == [(3, 192), (3,)] * 2
+    other = {key: value for key, value in model.state_dict().items() if not key.startswith("head")}
+    assert not models._load(model, other, "here")
 
 
 @pytest.mark.skipif(CIFAR10 is None, reason="FLATMIN_CIFAR10 names no archive")

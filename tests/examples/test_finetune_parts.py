@@ -49,6 +49,29 @@ def test_folder_without_a_test_part(tmp_path: Path) -> None:
     assert sorted(found.train.rows.tolist() + found.test.rows.tolist()) == list(range(30))
 
 
+def test_a_class_of_one_image_is_trained_on(tmp_path: Path) -> None:
+    """It cannot be tested, but what is tested has been learned."""
+    write_images(tmp_path, 10)
+    for i in range(1, 10):
+        (tmp_path / "red" / f"{i:03}.png").unlink()
+    found = data.load(str(tmp_path), None, None)
+    assert found.train.labels.bincount().tolist()[2] == 1 and not bool((found.test.labels == 2).any())
+    (tmp_path / "few").mkdir()
+    for name in ("blue", "green"):
+        (tmp_path / "few" / name).mkdir()
+        (tmp_path / name / "000.png").rename(tmp_path / "few" / name / "0.png")
+    with pytest.raises(UsageError, match="few: 2 images of 2 classes are too few to hold some out"):
+        data.load(str(tmp_path / "few"), None, None)
+
+
+def test_val_is_tested_on_where_there_is_no_test(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("val", 3), ("test", 2)):
+        write_images(tmp_path / part, count)
+    assert len(data.load(str(tmp_path), None, None).test.labels) == 6
+    (tmp_path / "test").rename(tmp_path.parent / "elsewhere")
+    assert len(data.load(str(tmp_path), None, None).test.labels) == 9
+
+
 def test_limit_takes_equal_shares(folder: Path) -> None:
     part = load_part(folder)
     assert part.first(7).labels.bincount().sort().values.tolist() == [2, 2, 3]
@@ -120,6 +143,18 @@ def test_errors_of_data(tmp_path: Path, folder: Path) -> None:
         load_files.read(0)
 
 
+def test_a_worker_names_the_image_in_one_line(tmp_path: Path) -> None:
+    """Also a folder that is called like an image is none."""
+    write_images(tmp_path, 4)
+    (tmp_path / "red" / "folder.png").mkdir()
+    for broken in (tmp_path / "red").glob("00?.png"):
+        broken.write_bytes(broken.read_bytes()[:400])
+    part = data.load(str(tmp_path), None, None).train
+    for workers in (0, 2):
+        with pytest.raises(UsageError, match=r"^\S*: red/00\d\.png: cannot be read as an image \([^\n]*\)$"):
+            list(data.loader(data.View(part, 24), [torch.arange(len(part.labels))], workers))
+
+
 def test_crops_depend_on_epoch_and_image_alone(folder: Path) -> None:
     """Not on the order, nor on the processes that load them; and the middle is the middle."""
     part = load_part(folder)
@@ -153,3 +188,17 @@ def test_linear_probe_finds_what_is_linear() -> None:
     found = probe.linear_probe(features, labels, features, labels)
     assert found["accuracy"] > 99.0 and found["features"] == 5
     assert probe.linear_probe(features, labels, features, 1 - labels)["accuracy"] < 1.0
+
+
+def test_linear_probe_of_few_images() -> None:
+    """Where no class is left to choose the penalty by, it takes the strongest."""
+    two = torch.tensor([0, 1])
+    assert probe.linear_probe(torch.eye(2), two, torch.eye(2), two) == {
+        "accuracy": 100.0,
+        "strength": probe.STRENGTHS[0],
+        "features": 2,
+    }
+    with pytest.raises(UsageError, match="all of one class"):
+        probe.linear_probe(torch.eye(2), 0 * two, torch.eye(2), two)
+    with pytest.raises(UsageError, match="not all finite"):
+        probe.linear_probe(torch.eye(2) / 0, two, torch.eye(2), two)

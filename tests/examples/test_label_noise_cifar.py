@@ -227,6 +227,8 @@ def refusals() -> Iterator[tuple[list[str], str]]:
     yield ["--shrink", "3"], "1, 2, 4 or 8"
     yield ["--epochs", "1", "--every", "2"], "there are 1 epochs"
     yield ["--method", "sam", "sam"], "given twice"
+    yield ["--device", "nowhere"], "argument --device: nowhere cannot be used"
+    yield ["--batch", "1", "--shrink", "8"], "argument --batch: one image of 4x4 pixels has no statistics"
 
 
 @pytest.mark.parametrize(("flags", "message"), list(refusals()))
@@ -247,6 +249,15 @@ def test_errors_of_usage(trained: Path, images: Path, tmp_path: Path) -> None:
     mixed[1]["settings"]["width"] = 5
     with pytest.raises(UsageError, match="width 4 and 5 lie in one folder"):
         _noisy_tables.tabulate(mixed, METHODS)
+
+
+def test_a_file_that_is_no_result(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for text in ("{}", "[]"):
+        (tmp_path / "runs" / "noise0.5-sgd-seed0.json").write_text(text)
+        for flags in (["--plot-only"], ["--noise", "0.5", "--method", "sgd", "--seeds", "1"]):
+            with pytest.raises(UsageError, match=r"noise0\.5-sgd-seed0\.json: not the result of a run; delete it"):
+                train(tmp_path, images, *flags)
 
 
 def test_a_run_without_wrong_labels(images: Path, tmp_path: Path) -> None:

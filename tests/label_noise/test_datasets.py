@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from flatmin import LabelNoise
 from flatmin.label_noise import NoisyDataset
@@ -161,6 +164,54 @@ def test_a_data_set_that_changes_labels_itself_is_refused() -> None:
         noise.wrap(dataset, labels=[1, 2])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1.5, 2.0], "labels: torch.float32 given; give integers"),
+        (torch.tensor([1.0, 2.0]), "labels: torch.float32 given; give integers"),
+        (["cat", "dog"], "labels: list given, which is no tensor of integers"),
+        ([[1], [2, 3]], "labels: list given, which is no tensor of integers"),
+    ],
+)
+def test_labels_that_are_no_integers(labels: Any, message: str) -> None:
+    """Neither is rounded: a regression target 1.5 is no class 1."""
+    noise = LabelNoise(10, 0.3, "pair")
+    with pytest.raises(TypeError, match=message):
+        noise.corrupt(labels)
+    with pytest.raises(TypeError, match=message):
+        noise.wrap([(0, 1), (0, 2)], labels)
+
+
+@pytest.mark.parametrize("label", [1.5, torch.tensor(1.5), torch.tensor([0, 1]), "cat", None])
+def test_items_whose_labels_are_no_integers(label: Any) -> None:
+    noise = LabelNoise(10, 0.3, "pair")
+    with pytest.raises(TypeError, match=r"dataset: item 0 has label .*; labels are integers, one for each item"):
+        noise.wrap([(0, label)])
+    with pytest.raises(TypeError, match=r"dataset: item 0 has label"):
+        noise.wrap([(0, label)], [1])[0]
+
+
+def test_a_data_set_has_a_length() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield 0, 1
+
+    with pytest.raises(TypeError, match=r"dataset: Endless has no length, .*; give a map-style data set"):
+        LabelNoise(10, 0.3, "pair").wrap(Endless())
+
+
+def test_nothing_to_corrupt() -> None:
+    assert LabelNoise(10, 0.3, "pair").corrupt([]).dtype == torch.int64
+    assert len(LabelNoise(10, 0.3, "cifar10").wrap([])) == 0
+
+
+def test_one_class_is_checked_too() -> None:
+    noise = LabelNoise(1, 0.5, "uniform")
+    assert noise.corrupt([0, 0]).tolist() == [0, 0]
+    with pytest.raises(RuntimeError, match="labels: element 1 is 5"):
+        noise.corrupt([0, 5])
+
+
 def test_items_are_pairs() -> None:
     with pytest.raises(TypeError, match="dataset: item 0 is a Tensor; items are tuples"):
         LabelNoise(10, 0.3, "pair").wrap([torch.zeros(3)])
@@ -205,6 +256,61 @@ def test_workers_that_live_on_see_the_epoch() -> None:
     assert torch.equal(first, third) and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda noise: pickle.loads(pickle.dumps(noise))])
+def test_workers_that_live_on_see_the_epoch_of_a_copy(copied: Any) -> None:
+    """A copy, or what a checkpoint held, has an epoch of its own that its workers see change."""
+    noise = copied(LabelNoise(2, 0.5, "exclude_true", generator=seeded()))
+    data = TensorDataset(torch.zeros(64), torch.zeros(64, dtype=torch.int64), torch.arange(64))
+    loader = DataLoader(data, 64, num_workers=1, collate_fn=noise.collate(index=2), persistent_workers=True)
+    first, second = [], []
+    for epoch, seen in enumerate((first, second)):
+        noise.set_epoch(epoch)
+        seen.extend(y for _, y, _ in loader)
+    assert not torch.equal(first[0], second[0])
+
+
+def test_an_epoch_is_a_word() -> None:
+    noise = LabelNoise(10, 0.5, "pair")
+    with pytest.raises(ValueError, match=r"epoch: 4294967296 given; give an integer below 2\^32"):
+        noise.set_epoch(2**32)
+    noise.set_epoch(2**32 - 1)
+    assert noise(torch.zeros(3, dtype=torch.int64), index=torch.arange(3)).shape == (3,)
+
+
+def test_collate_counts_entries_from_the_end_too() -> None:
+    noise = LabelNoise(2, 1.0, "exclude_true")
+    x, y = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    assert [t.tolist() for t in noise.collate(lambda items: (x, y), target=-1)([])] == [[0, 0], [1, 1]]
+    assert len(noise.collate(lambda items: [x, y, y], target=-2, index=-1)([])) == 3
+    with pytest.raises(TypeError, match="the labels are its entry -3"):
+        noise.collate(lambda items: (x, y), target=-3)([])
+
+
+class Batch(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+def test_collate_keeps_a_namedtuple() -> None:
+    """torch's default makes one of items that are one."""
+    batch = LabelNoise(2, 1.0, "exclude_true").collate()([Batch(torch.zeros(3), torch.tensor(0))] * 2)
+    assert isinstance(batch, Batch) and batch.label.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "label"}, "target: 'label' given; give the place of an entry"),
+        ({"target": None}, "target: None given"),
+        ({"index": 1.0}, "index: 1.0 given; give the place of an entry"),
+        ({"collate_fn": 3}, "collate_fn: 3 given; give a function"),
+    ],
+)
+def test_bad_arguments_of_collate(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        LabelNoise(2, 1.0, "exclude_true").collate(**options)
+
+
 def test_collate_keeps_the_type_of_a_batch() -> None:
     noise = LabelNoise(2, 1.0, "exclude_true")
     make = noise.collate(lambda items: [torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
@@ -221,3 +327,11 @@ def test_target_transform() -> None:
     noise = LabelNoise(10, 0.5, "exclude_true", generator=seeded())
     read = [[noise(3) for _ in range(200)] for _ in range(2)]
     assert read[0] != read[1] and all(60 < sum(y != 3 for y in ys) < 140 for ys in read)
+
+
+def test_one_label_by_its_number() -> None:
+    """A label alone gets what it gets in a batch, whichever integer its number is."""
+    noise, n = LabelNoise(10, 0.5, "exclude_true", generator=seeded()), 20
+    together = noise(torch.full((n,), 3), index=torch.arange(n))
+    for number in (int, np.int64, torch.tensor):
+        assert [noise(3, index=number(i)) for i in range(n)] == together.tolist()

@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -306,11 +307,21 @@ def test_a_copy_draws_the_same_and_goes_its_own_way(name: str, copied: Any) -> N
     assert other.epoch == 0
 
 
-@pytest.mark.parametrize("state", [{}, {"seed": 1, "step": 2}, {"seed": -1, "step": 0, "epoch": 0}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        None,
+        {"seed": 1, "step": 2},
+        {"seed": -1, "step": 0, "epoch": 0},
+        {"seed": 2**64, "step": 0, "epoch": 0},
+        {"seed": 1, "step": 0, "epoch": 2**64},
+    ],
+)
 def test_a_bad_state_is_refused(state: dict[str, Any]) -> None:
     noise = make("pair")
     before = noise.state_dict()
-    with pytest.raises(ValueError, match="state_dict"):
+    with pytest.raises((TypeError, ValueError), match="state_dict"):
         noise.load_state_dict(state)
     assert noise.state_dict() == before
 
@@ -339,6 +350,9 @@ def test_a_bad_state_is_refused(state: dict[str, Any]) -> None:
         ((2, None, [[0.5, 0.5], [1.5, -0.5]]), ValueError, "kind: row 1 of the matrix holds"),
         ((3, None, [[1.0, 0.0], [0.0, 1.0]]), ValueError, r"kind: a matrix of shape \(2, 2\)"),
         ((2, 0.2, [[1.0, 0.0], [0.0, 1.0]]), ValueError, "p: 0.2 given, but the matrix"),
+        ((2, None, [[1.0, 0.0], [1.0]]), TypeError, "kind: .* given, which is no matrix"),
+        ((2, None, ["uniform"]), TypeError, "kind: .* given, which is no matrix"),
+        ((2, 0.2, {1}), ValueError, r"kind: \{1\} given; give"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -346,7 +360,15 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
         LabelNoise(*arguments)
 
 
+def test_a_matrix_of_numpy() -> None:
+    one, other = (LabelNoise(5, None, m, generator=seeded()) for m in (MATRIX, MATRIX.numpy()))
+    y = torch.arange(100) % 5
+    assert torch.equal(one(y), other(y)) and torch.equal(one.transition_matrix, other.transition_matrix)
+
+
 def test_ignore_index_is_no_class() -> None:
+    with pytest.raises(ValueError, match="ignore_index: 9223372036854775808 given"):
+        LabelNoise(10, 0.2, "pair", ignore_index=2**63)
     with pytest.raises(ValueError, match="ignore_index: 0 given, which is one of the 10 classes"):
         LabelNoise(10, 0.2, "pair", ignore_index=0)
 
@@ -365,10 +387,25 @@ def test_a_label_out_of_range_is_named(kind: str) -> None:
         noise(y)
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), [1, 2], 1.5])
+@pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), [1, 2], 1.5, np.array([1, 2])])
 def test_labels_are_int64(labels: Any) -> None:
     with pytest.raises(TypeError, match=r"labels: .* given; give"):
         make("pair")(labels)
+
+
+@pytest.mark.parametrize("kind", ["pair", "smooth", "gaussian"])
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ([0, 1, 2], TypeError, "index: list given; give the numbers of the samples as an int64 tensor"),
+        (torch.tensor([0.0, 0.5, 1.0]), TypeError, "index: torch.float32 given"),
+        (torch.tensor([True, False, True]), TypeError, "index: torch.bool given"),
+        (torch.arange(2), ValueError, r"index: shape \(2,\) given, but labels have \(3,\)"),
+    ],
+)
+def test_bad_index(kind: str, index: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LabelNoise(3, 0.2, kind)(torch.arange(3), index=index)
 
 
 # ---- on a GPU the host does not wait ----

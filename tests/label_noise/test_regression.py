@@ -71,6 +71,8 @@ def test_a_gradient_flows_through_nothing() -> None:
         (lambda: RegressionNoise(1.0)(torch.zeros(3, dtype=torch.int64)), TypeError, "targets: torch.int64"),
         (lambda: RegressionNoise(1.0)([1.0]), TypeError, "targets: list"),
         (lambda: RegressionNoise(1.0)(torch.zeros(3), index=torch.arange(4)), ValueError, r"index: shape \(4,\)"),
+        (lambda: RegressionNoise(1.0)(torch.zeros(3), index=[0, 1, 2]), TypeError, "index: list given"),
+        (lambda: RegressionNoise(1.0)(torch.zeros(2), index=torch.rand(2)), TypeError, "index: torch.float32 given"),
     ],
 )
 def test_errors(make: Any, error: type[Exception], message: str) -> None:

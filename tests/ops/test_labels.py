@@ -192,6 +192,17 @@ def test_draws_of_an_unknown_law(law: str) -> None:
         ops.draw_samples(3, 1, ops.random_key(1), distribution=law)
 
 
+@pytest.mark.parametrize("index", [torch.tensor([0.0, 0.5, 1.0]), [0, 1, 2], torch.tensor([True, False, True])])
+def test_numbers_of_samples_are_integers(index: Any) -> None:
+    """No fraction is cut off."""
+    for call in (
+        lambda: ops.draw_samples(3, 1, ops.random_key(1), index=index),
+        lambda: ops.corrupt_labels(torch.zeros(3, dtype=torch.int64), ops.random_key(1), 5, index=index),
+    ):
+        with pytest.raises(TypeError, match=r"index: .* given; give the numbers of the samples"):
+            call()
+
+
 def test_without_a_kernel_the_reference_runs_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_labels._library, "DEVICES", frozenset())
     monkeypatch.setattr(_labels, "_warned", set())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
+
+from ._kinds import integers
 
 __all__ = ["NoisyDataset"]
 
@@ -31,11 +34,17 @@ class NoisyDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, corrupt: Callable[[Tensor], Tensor], labels: Any, progress: bool | None) -> None:
-        n = len(dataset)
+        try:
+            n = len(dataset)
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(
+                f"dataset: {type(dataset).__name__} has no length, so no items by number whose labels could stay the "
+                "same; give a map-style data set, or put fresh noise on batches (LabelNoise.collate)"
+            ) from error
         clean = _labels_of(dataset) if labels is None else labels
         if clean is None:
             clean = list(_read(dataset, n, progress))
-        self.clean = torch.as_tensor(clean).detach().cpu().to(torch.int64)
+        self.clean = integers("labels", clean)
         if self.clean.shape != (n,):
             raise ValueError(f"labels: shape {tuple(self.clean.shape)} given for {n} items; give one label for each")
         self.dataset, self.targets = dataset, corrupt(self.clean)
@@ -51,9 +60,10 @@ class NoisyDataset(Dataset[Any]):
     def __getitem__(self, i: int) -> Any:
         item = self.dataset[i]
         label = _label_in(item, i)
-        if int(label) != int(self.clean[i]):
+        number = _number(label, i)
+        if number != int(self.clean[i]):
             raise RuntimeError(
-                f"item {i} has label {int(label)}, but its data set's labels say {int(self.clean[i])} (has it a "
+                f"item {i} has label {number}, but its data set's labels say {int(self.clean[i])} (has it a "
                 "target_transform?); give wrap() the labels as the items have them"
             )
         noisy = self.targets[i].to(label.device) if isinstance(label, Tensor) else int(self.targets[i])
@@ -68,6 +78,13 @@ def _label_in(item: Any, i: int) -> Any:
     if not isinstance(item, tuple | list) or len(item) < 2:
         raise TypeError(f"dataset: item {i} is a {type(item).__name__}; items are tuples (input, label, ...)")
     return item[1]
+
+
+def _number(label: Any, i: int) -> int:
+    try:
+        return operator.index(label)  # floats, one-hot rows and names have none
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(f"dataset: item {i} has label {label!r}; labels are integers, one for each item") from error
 
 
 def _labels_of(dataset: Any) -> Any:
@@ -89,4 +106,4 @@ def _read(dataset: Any, n: int, progress: bool | None) -> Iterator[int]:
         quiet: dict[str, Any] = {"disable": None, "delay": 2.0} if progress is None else {}
         numbers = importlib.import_module("tqdm").tqdm(numbers, desc="reading labels", unit="item", **quiet)
     for i in numbers:
-        yield int(_label_in(dataset[i], i))
+        yield _number(_label_in(dataset[i], i), i)

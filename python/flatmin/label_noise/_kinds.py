@@ -17,6 +17,7 @@ __all__ = [
     "SYMMETRIC",
     "Table",
     "check_probability",
+    "integers",
     "label_table",
     "mapping_rows",
     "matrix_rows",
@@ -39,6 +40,20 @@ def check_probability(name: str, p: Any) -> None:
         raise TypeError(f"{name}: {p!r} given; give a float from 0 to 1")
     if not 0.0 <= float(p) <= 1.0:
         raise ValueError(f"{name}: {p} given; give a probability, from 0 to 1")
+
+
+def integers(name: str, values: Any) -> Tensor:
+    """A tensor, list or array of integers as int64 on the CPU; an empty list too, of which torch makes floats."""
+    try:
+        found = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: {type(values).__name__} given, which is no tensor of integers ({error}); give integers, in a "
+            "tensor, list or array"
+        ) from error
+    if found.numel() > 0 and (found.is_floating_point() or found.is_complex()):
+        raise TypeError(f"{name}: {found.dtype} given; give integers")
+    return found.to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,12 @@ def mapping_rows(mapping: Mapping[Any, Any], num_classes: int, p: float) -> Tabl
 
 def matrix_rows(matrix: Tensor | Sequence[Any], num_classes: int) -> Table:
     """Label c becomes j with probability ``matrix[c, j]``."""
-    m = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu()
+    try:
+        m = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"kind: {matrix!r} given, which is no matrix ({error}); give [{num_classes}, {num_classes}] probabilities"
+        ) from error
     if tuple(m.shape) != (num_classes, num_classes):
         raise ValueError(f"kind: a matrix of shape {tuple(m.shape)} given; give [{num_classes}, {num_classes}]")
     if not bool(((m >= 0.0) & (m <= 1.0)).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from .. import ops, reference
 from .._checks import check_int, check_size
+from ..ops._labels import check_index
 from ._collate import Collate
 from ._dataset import NoisyDataset
 from ._deferred import DeferredCheck, out_of_range
-from ._kinds import CIFAR10_ASYMMETRIC, SYMMETRIC, Table, check_probability, mapping_rows, matrix_rows
+from ._kinds import CIFAR10_ASYMMETRIC, SYMMETRIC, Table, check_probability, integers, mapping_rows, matrix_rows
 from ._stream import Stream
 
 __all__ = ["LabelNoise"]
@@ -88,6 +90,8 @@ class LabelNoise:
         check_int("ignore_index", ignore_index, -(2**63))
         if num_classes >= 2**31:
             raise ValueError(f"num_classes: {num_classes} given; give fewer than 2^31")
+        if ignore_index >= 2**63:
+            raise ValueError(f"ignore_index: {ignore_index} given; give an integer below 2^63")
         if 0 <= ignore_index < num_classes:
             raise ValueError(
                 f"ignore_index: {ignore_index} given, which is one of the {num_classes} classes, so that noise would "
@@ -103,24 +107,25 @@ class LabelNoise:
     def _read_kind(self, kind: Any, p: Any) -> str:
         """The name of the kind; sets the table of those that have one."""
         c = self.num_classes
-        if isinstance(kind, Tensor) or (isinstance(kind, Sequence) and not isinstance(kind, str)):
+        named = isinstance(kind, str)
+        if not named and (isinstance(kind, Sequence) or hasattr(kind, "__array__")):  # numpy's arrays, and tensors
             if p is not None:
                 raise ValueError(f"p: {p} given, but the matrix of kind holds the probabilities; leave p out")
             self._table = matrix_rows(kind, c)
             return "matrix"
-        if kind == "gaussian":
+        if named and kind == "gaussian":
             check_size("p (the standard deviation of kind='gaussian')", p)
             return "gaussian"
-        if not (isinstance(kind, Mapping) or kind in SYMMETRIC or kind in ("cifar10", "smooth")):
+        if not (isinstance(kind, Mapping) or (named and kind in (*SYMMETRIC, "cifar10", "smooth"))):
             raise ValueError(f"kind: {kind!r} given; give {_NAMES}")
         check_probability("p", p)
         if kind == "cifar10" and c != 10:
             raise ValueError(f"num_classes: {c} given, but kind='cifar10' is a map of 10 classes")
-        if c == 1 and kind in ("exclude_true", "smooth"):
+        if c == 1 and named and kind in ("exclude_true", "smooth"):
             raise ValueError(f"num_classes: 1 given, but kind={kind!r} needs another class to move to")
         if isinstance(kind, Mapping) or kind == "cifar10":
             self._table = mapping_rows(CIFAR10_ASYMMETRIC if kind == "cifar10" else kind, c, p)
-        return kind if isinstance(kind, str) else "mapping"
+        return kind if named else "mapping"
 
     # ---- rates ----
 
@@ -157,13 +162,13 @@ class LabelNoise:
 
     # ---- on a batch ----
 
-    def __call__(self, labels: Any, *, index: Tensor | None = None) -> Any:
+    def __call__(self, labels: Any, *, index: Tensor | int | None = None) -> Any:
         """Noisy labels; the given ones are not written.
 
         Args:
             labels: int64 of any shape, or an integer (then the instance is a ``target_transform`` of torchvision).
             index: int64, the numbers of the samples in their data set: one for each label, or for each entry of the
-                leading dimensions (one for each mask of a batch).
+                leading dimensions (one for each mask of a batch). Of one label an integer will do.
 
         Returns:
             int64 of the same shape on the same device, or an integer; of "smooth" and "gaussian" float32 with the
@@ -174,9 +179,11 @@ class LabelNoise:
                 wait: such a label stays as it is, and the next call that finds the answer raises, or :meth:`check`.
         """
         if not isinstance(labels, Tensor):
-            return self._one(labels)
+            return self._one(labels, index)
         if labels.dtype != torch.int64:
             raise TypeError(f"labels: {labels.dtype} given; give int64 (labels.long())")
+        if index is not None:
+            index = check_index(index, labels, "labels")
         if labels.device.type != "cpu":
             self._check.watch(labels)
         if self.kind in _SOFT:
@@ -184,12 +191,14 @@ class LabelNoise:
         key = self._stream.key(index is not None, labels.device)
         return self._corrupt(labels, key, index)
 
-    def _one(self, label: Any) -> Any:
+    def _one(self, label: Any, index: Any) -> Any:
         try:
-            value = label.__index__()
-        except AttributeError:
+            value = operator.index(label)
+        except TypeError:
             raise TypeError(f"labels: {type(label).__name__} given; give an int64 tensor or an integer") from None
-        noisy: Tensor = self(torch.tensor(value, dtype=torch.int64))
+        if not -(2**63) <= value < 2**63:
+            raise RuntimeError(out_of_range(0, value, self.num_classes, self.ignore_index))
+        noisy: Tensor = self(torch.tensor(value, dtype=torch.int64), index=index)
         return noisy if self.kind in _SOFT else int(noisy)
 
     def _corrupt(self, labels: Tensor, key: Tensor, index: Tensor | None) -> Tensor:
@@ -257,10 +266,10 @@ class LabelNoise:
         """
         if self.kind in _SOFT:
             raise ValueError(f"kind={self.kind!r} makes soft targets, not labels; it has no data set of noisy labels")
-        y = torch.as_tensor(labels).detach().cpu()
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise TypeError(f"labels: {y.dtype} given; give integers")
-        flat = y.to(torch.int64).flatten()
+        if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+            raise TypeError(f"labels: {labels.dtype} given; give integers")
+        y = integers("labels", labels)
+        flat = y.flatten()
         moved = self._moved_for_sure(flat)
         group, counts = self._numbers_to_flip(flat)
         chosen = _choose(group, counts, self._stream.choice_key())
@@ -272,9 +281,7 @@ class LabelNoise:
         if self._table is not None:
             table = self._table.given_flip().bounds()
             return ops.corrupt_labels(flat, key, self.num_classes, table=table, **common)
-        if self.num_classes == 1:
-            return flat.clone()
-        kind = "pair" if self.kind == "pair" else "exclude_true"
+        kind = "pair" if self.kind == "pair" or self.num_classes == 1 else "exclude_true"
         return ops.corrupt_labels(flat, key, self.num_classes, kind=kind, **common)
 
     def _numbers_to_flip(self, flat: Tensor) -> tuple[Tensor, list[int]]:

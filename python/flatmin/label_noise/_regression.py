@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_one_of, check_size
 from .._deprecated import renamed_arguments
+from ..ops._labels import check_index
 from ._stream import Stream
 
 __all__ = ["RegressionNoise"]
@@ -36,7 +37,7 @@ class RegressionNoise:
         self.sigma, self.distribution = float(sigma), distribution
         self._stream = Stream(generator)
 
-    def __call__(self, targets: Tensor, *, index: Tensor | None = None) -> Tensor:
+    def __call__(self, targets: Tensor, *, index: Tensor | int | None = None) -> Tensor:
         """New targets of the same type and shape; the given ones are not written.
 
         Args:
@@ -47,8 +48,8 @@ class RegressionNoise:
         if not isinstance(targets, Tensor) or not targets.is_floating_point():
             given = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
             raise TypeError(f"targets: {given} given; give a floating-point tensor")
-        if index is not None and tuple(index.shape) != tuple(targets.shape[: index.dim()]):
-            raise ValueError(f"index: shape {tuple(index.shape)} given for targets of {tuple(targets.shape)}")
+        if index is not None:
+            index = check_index(index, targets, "targets")
         samples = targets.numel() if index is None else index.numel()
         key = self._stream.key(index is not None, targets.device)
         flat = None if index is None else index.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ __all__ = ["Stream"]
 #: Streams above those of the ranks, of which there are fewer than 2^15: draws by index, and a data set's fixed ones.
 _INDEXED, _CHOICE, _TARGET = 2**16 - 1, 2**16 - 2, 2**16 - 3
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _check_word(name: str, value: Any, bits: int) -> None:
+    check_int(name, value, 0)
+    if value >= 2**bits:
+        raise ValueError(f"{name}: {value} given; give an integer below 2^{bits}")
 
 
 class Stream:
@@ -44,8 +51,8 @@ class Stream:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        check_int("epoch", epoch, 0)
-        self._epoch.fill_(epoch)
+        _check_word("epoch", epoch, 32)
+        self._epoch.fill_(int(epoch))
 
     def key(self, indexed: bool, device: torch.device) -> Tensor:
         """The key of a call, which counts."""
@@ -72,10 +79,16 @@ class Stream:
         return {"seed": self.seed, "step": self.step, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict: {state!r} given; give what state_dict() of a noise returned")
         missing = {"seed", "step", "epoch"} - state.keys()
         if missing:
             raise ValueError(f"state_dict: {sorted(missing)} missing; give what state_dict() of a noise returned")
-        for name in ("seed", "step", "epoch"):
-            check_int(f"state_dict: {name}", state[name], 0)
-        self.seed, self.step = state["seed"], state["step"]
+        for name, bits in (("seed", 64), ("step", 64), ("epoch", 32)):
+            _check_word(f"state_dict: {name}", state[name], bits)
+        self.seed, self.step = int(state["seed"]), int(state["step"])
         self.set_epoch(state["epoch"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a copy's too, for the workers of its own loader

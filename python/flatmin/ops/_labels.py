@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ def _run(name: str, device: torch.device, *args: Any) -> Any:
         _warned.add(device.type)
         warnings.warn(f"flatmin has no kernel for {device.type} tensors; running in plain torch, slower", stacklevel=3)
     return getattr(reference, name)(*args)
+
+
+def _whole(index: Tensor | int) -> Tensor:
+    if isinstance(index, Integral):
+        return torch.tensor(int(index))
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        given = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: {given} given; give the numbers of the samples as an int64 tensor")
+    return index
+
+
+def check_index(index: Tensor | int, of: Tensor, name: str) -> Tensor:
+    """The numbers of the samples that the tensor ``of`` (called ``name``) holds; raises where they cannot be."""
+    index = _whole(index)
+    if tuple(index.shape) != tuple(of.shape[: index.dim()]):
+        raise ValueError(
+            f"index: shape {tuple(index.shape)} given, but {name} have {tuple(of.shape)}; give one number for each, or "
+            "for each entry of the leading dimensions"
+        )
+    return index
 
 
 def _index(index: Tensor | None, device: torch.device) -> Tensor:
@@ -83,11 +104,8 @@ def corrupt_labels(
             raise ValueError(f"p: {p} given; give a probability, from 0 to 1")
         if num_classes == 1 and kind == "exclude_true":
             raise ValueError("num_classes: 1 given, but kind='exclude_true' needs another class to move to")
-    if index is not None and tuple(index.shape) != tuple(labels.shape[: index.dim()]):
-        raise ValueError(
-            f"index: shape {tuple(index.shape)} given, but labels have {tuple(labels.shape)}; give one number for each "
-            "label, or for each entry of the leading dimensions"
-        )
+    if index is not None:
+        index = check_index(index, labels, "labels")
     offset, span = (0, 1) if table is not None else _KINDS[kind](num_classes)
     none = torch.empty(0, dtype=torch.int64, device=labels.device)
     bounds, targets = (none, none) if table is None else table
@@ -125,7 +143,9 @@ def draw_samples(
         index: int64 [count], the numbers of the samples, with index * inner in [0, 2^50); None: 0, 1, 2, ...
     """
     check_one_of("distribution", distribution, tuple(_LAWS))
-    if index is not None and tuple(index.shape) != (count,):
-        raise ValueError(f"index: shape {tuple(index.shape)} given for {count} samples; give one number for each")
+    if index is not None:
+        index = _whole(index)
+        if tuple(index.shape) != (count,):
+            raise ValueError(f"index: shape {tuple(index.shape)} given for {count} samples; give one number for each")
     drawn: Tensor = _run("draw_samples", key.device, _index(index, key.device), key, count, inner, _LAWS[distribution])
     return drawn
