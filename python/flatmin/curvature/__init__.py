@@ -29,10 +29,10 @@ the empirical Fisher matrix ("fisher"). All of them work with one operator, whic
         trace = curvature.trace(A, products=60, estimator="xtrace")
 
 Weights, ``.grad``, ``requires_grad``, buffers, mode and the random numbers of torch, Python and numpy, and those of
-generators that a module has as attributes, are afterwards what they were, bit for bit, also after an exception. Random estimates are functions of ``seed`` alone. No graph
-outlives its batch: the memory is that of one double backward pass (of one backward pass with finite differences) and a
-few copies of the parameters. ``progress`` True or False shows or hides a progress bar (tqdm, if installed); None shows
-it in a terminal after two seconds.
+generators that a module has as attributes, are afterwards what they were, bit for bit, also after an exception. Random
+estimates are functions of ``seed`` alone. No graph outlives its batch: the memory is that of one double backward pass
+(of one backward pass with finite differences) and a few copies of the parameters. ``progress`` True or False shows or
+hides a progress bar (tqdm, if installed); None shows it in a terminal after two seconds.
 
 Results are float32, or float64 for float64 parameters. Units: a curvature is a loss / weight^2, its Lipschitz constant
 a loss / weight^3. docs/glossary.md has the names of the arguments.
