@@ -257,3 +257,35 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         Landscape(((0.0, 1.0),), ("a",), [(1.0, None)] * 2, {}, "keep", "").plot()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_evaluated(tmp_path: Path) -> None:
+    calls = 0
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(ValueError, match=r"path: .*x\.json lies in no folder that exists; make the folder first"):
+        line(small_net(), loss_fn, batches(1), path=tmp_path / "missing" / "x.json")
+    with pytest.raises(ValueError, match=r"path: .* holds no landscape"):
+        line(small_net(), loss_fn, batches(1), path=tmp_path)
+    assert calls == 0
+
+
+def test_a_file_with_too_few_values_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    found = line(small_net(), F.cross_entropy, batches(1), points=3, path=path)
+    found.values.pop()
+    found.save(path)
+    with pytest.raises(ValueError, match=r"path: .* holds no landscape"):
+        line(small_net(), F.cross_entropy, batches(1), points=3, path=path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_statistics_of_a_scripted_model_cannot_be_recomputed() -> None:
+    """Its BatchNorm is none of torch's classes: it was left as it was, and the result called recomputed."""
+    net = torch.jit.script(normed_net().eval())
+    with pytest.raises(ValueError, match="batch_norm: 'recompute' given, but '2' is scripted"):
+        line(net, F.cross_entropy, batches(1), points=2, batch_norm="recompute")

@@ -217,3 +217,22 @@ def test_exception_leaves_the_weights() -> None:
     with pytest.raises(KeyboardInterrupt):
         m_sharpness(net, fails, q4_data(), 0.1, 2)
     assert all(torch.equal(raw(p), b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+class Bump(nn.Module):
+    """A loss that rises to 1 at w = 0.5 and is below that at the weights, w = 0, and at w = 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.sin(math.pi * self.w) - 0.1 * self.w).expand(len(x))
+
+
+def test_the_step_halves_where_the_first_did_not_rise() -> None:
+    """SAM's point at w + rho lies beyond the hill: the second step goes half as far, and does not try it again."""
+    assert m_sharpness(Bump(), mean_output, nothing(), 1.0).value == 0.0
+    for steps in (2, 3):
+        found = m_sharpness(Bump(), mean_output, nothing(), 1.0, steps=steps)
+        assert found.value == pytest.approx(0.95, abs=1e-12)

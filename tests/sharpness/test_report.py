@@ -349,3 +349,19 @@ def test_only_reports_are_compared(found: Report) -> None:
         compare(found, found.as_dict())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^budget_s and like"):
         report(relu_net(), F.cross_entropy, relu_data(), budget_s=1.0, like=found)
+
+
+def test_infinite_numbers_are_printed_drawn_and_left_out_of_json(tmp_path: Path) -> None:
+    """A loss without curvature: lambda_1 / lambda_5 is infinite."""
+    net = nn.Linear(5, 3).double()
+    amounts = {"products": 10, "probes": 2, "steps": 3, "pairs": 2, "curvature_samples": 2, "noise_samples": 2}
+    found = report(net, mean_output, relu_data(8), m=(4,), amounts=amounts)
+    assert found["lambda_1_over_lambda_5"].value == math.inf
+    assert "lambda_1 / lambda_5" in str(found)
+    assert " inf" in str(found)
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["rows"]["lambda_1_over_lambda_5"]["value"] is None
+    both = compare(found, found)
+    assert " inf" in str(both)
+    json.dumps(both.as_dict(), allow_nan=False)
+    found.plot(tmp_path / "report.png")
+    both.plot(tmp_path / "compare.png")

@@ -6,7 +6,8 @@ Every function takes a model, a loss, data and optionally some of the parameters
 
 * ``model`` is called as ``model(inputs)``, in the mode in which it is: call ``model.eval()`` first to measure without
   dropout and with BatchNorm's running statistics. In training mode every pass draws the same dropout masks.
-* ``loss_fn(model(inputs), targets)`` is the mean loss of a batch, as a torch criterion returns it.
+* ``loss_fn(model(inputs), targets)`` is the mean loss of a batch, as a torch criterion returns it. Buffers of a
+  criterion that is a module are kept as the model's are.
 * ``data`` is a DataLoader, a list of batches ``(inputs, targets)``, or one such pair. Inputs and targets may be tensors
   or containers of them: lists, tuples, mappings, objects with a ``to`` method. Batches of another form, as the
   dictionaries of language models, go in through :class:`Batches`, with a function that feeds them to the model.
@@ -27,11 +28,11 @@ the empirical Fisher matrix ("fisher"). All of them work with one operator, whic
         density = curvature.spectral_density(A, probes=10, steps=50)
         trace = curvature.trace(A, products=60, estimator="xtrace")
 
-Weights, ``.grad``, ``requires_grad``, buffers, mode and the random numbers of torch, Python and numpy are afterwards
-what they were, bit for bit, also after an exception. Random estimates are functions of ``seed`` alone. No graph
-outlives its batch: the memory is that of one double backward pass (of one backward pass with finite differences) and a
-few copies of the parameters. ``progress`` True or False shows or hides a progress bar (tqdm, if installed); None shows
-it in a terminal after two seconds.
+Weights, ``.grad``, ``requires_grad``, buffers, mode and the random numbers of torch, Python and numpy, and those of
+generators that a module has as attributes, are afterwards what they were, bit for bit, also after an exception. Random
+estimates are functions of ``seed`` alone. No graph outlives its batch: the memory is that of one double backward pass
+(of one backward pass with finite differences) and a few copies of the parameters. ``progress`` True or False shows or
+hides a progress bar (tqdm, if installed); None shows it in a terminal after two seconds.
 
 Results are float32, or float64 for float64 parameters. Units: a curvature is a loss / weight^2, its Lipschitz constant
 a loss / weight^3. docs/glossary.md has the names of the arguments.

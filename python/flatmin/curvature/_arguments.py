@@ -45,6 +45,11 @@ def check_params(model: nn.Module, params: Any) -> list[Tensor]:
             raise TypeError(f"params: tensor {i} is a {describe(p)}; give dense tensors of real numbers")
         if not p.requires_grad:
             raise ValueError(f"params: tensor {i} does not require a gradient; leave it out or set requires_grad")
+        if p.is_inference():
+            raise ValueError(
+                f"params: tensor {i} was made in inference mode, in which autograd takes none; make or load the model "
+                "outside of torch.inference_mode()"
+            )
     if len(set(map(id, chosen))) != len(chosen):
         raise ValueError("params: a tensor is given twice; give each once")
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ __all__ = ["Basis", "norm"]
 #: Columns at a time: a piece of a vector stays in cache between the two products, a conversion needs no second basis,
 #: and sums in float32 stay short.
 _COLUMNS_CPU, _COLUMNS = 1 << 16, 1 << 22
+#: At most, of Gram-Schmidt after the second with vectors in 16 bits.
+_PASSES = 8
 
 
 def norm(v: Tensor) -> float:
@@ -37,6 +40,7 @@ class Basis:
         self.dtype, self.device = _dtype(A), A.device
         kept = torch.device(device) if device is not None else A.device
         self.rows = torch.empty(size, A.shape[0], dtype=dtype or self.dtype, device=kept)
+        self.coarse = self.rows.element_size() < 4
         self.count = 0
         self._agree = getattr(A, "agree", lambda numbers: numbers)
         self._columns = _COLUMNS_CPU if kept.type == "cpu" else _COLUMNS
@@ -59,13 +63,21 @@ class Basis:
         """Take the basis out of ``w``, in place: its coefficients (float64, on the CPU) and the norm of what is left.
 
         Gram-Schmidt in two passes (Parlett 1998, section 6.9: twice is enough), each a product with the matrix and one
-        with its transpose.
+        with its transpose. Vectors that are kept in 16 bits are orthonormal to their rounding only, and a pass leaves
+        that share of what it takes out: passes go on until one leaves the length as it is.
         """
         if self.count == 0:
             return torch.zeros(0, dtype=torch.float64), self._number(norm(w))
         v = on_device(w, self.rows.device)
         coefficients = self._take_out(v)
         coefficients += self._take_out(v)
+        if self.coarse:
+            before, after = math.inf, self._number(norm(v))
+            for _ in range(_PASSES):
+                if not 0.0 < after < 0.7 * before:
+                    break
+                coefficients += self._take_out(v)
+                before, after = after, self._number(norm(v))
         if v is not w:
             w.copy_(v)
         shared = self._agree(torch.cat([coefficients, torch.tensor([norm(w)], dtype=torch.float64)]))

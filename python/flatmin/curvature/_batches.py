@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,10 +88,10 @@ class Source:
     def of(cls, data: Any) -> Source:
         return data if isinstance(data, Source) else cls(data)
 
-    def generators(self) -> OwnGenerators:
-        """The generators that a loader, its samplers or its dataset keep, in their present states."""
+    def generators(self, others: Sequence[Any] = ()) -> OwnGenerators:
+        """The generators that a loader, its samplers, its dataset or ``others`` keep, in their present states."""
         names = ("sampler", "batch_sampler", "dataset")
-        return OwnGenerators([self._data, *(getattr(self._data, name, None) for name in names)])
+        return OwnGenerators([self._data, *(getattr(self._data, name, None) for name in names), *others])
 
     def read(self, device: torch.device) -> Iterator[tuple[Any, Any, int]]:
         """One pass: the arguments of :meth:`outputs` after the model, and the size, 0 for an empty batch."""

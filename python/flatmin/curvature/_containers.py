@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._devices import on_device
 
-__all__ = ["fingerprint", "first_dimensions", "same_prints", "to_device"]
+__all__ = ["cut", "fingerprint", "first_dimensions", "same_prints", "to_device"]
 
 _COMPARED = 1 << 16  # elements of a tensor: some of every sample
 
@@ -24,20 +24,56 @@ def to_device(x: Any, device: torch.device) -> Any:
     Objects with a ``to`` method are moved by it: a copy of them, since some move themselves.
     """
     if isinstance(x, Tensor):
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            x = x.clone()  # features made in inference mode: autograd refuses the tensor, but takes a copy
         return x if x.device == device else on_device(x, device)
     if isinstance(x, PackedSequence):
         return x if x.data.device == device else x.to(device)  # type: ignore[arg-type]
+
+    def move(item: Any) -> Any:
+        return to_device(item, device)
+
     if isinstance(x, Mapping):
-        return _map_items(x, device)
+        return _map_items(x, move)
     if isinstance(x, list | tuple):
-        items = [to_device(item, device) for item in x]
-        return x if _same(items, x) else _sequence_like(x, items)
+        return _map_sequence(x, move)
     if callable(getattr(x, "to", None)) and not isinstance(x, type):
         own = copy.copy(x)
         moved = own.to(device)
         return own if moved is None else moved
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return _map_fields(x, device)
+        return _map_fields(x, move)
+    return x
+
+
+def cut(x: Any, start: int, stop: int, count: int, name: str) -> Any:
+    """Samples ``start`` to ``stop`` of a batch of ``count``, in containers of the same types.
+
+    Every tensor must count the samples in its first dimension. A list of ``count`` plain values has one for each
+    sample; all other plain values belong to all of them.
+
+    Raises:
+        ValueError: a tensor, or an object that holds tensors, cannot be cut; the message begins with ``name``.
+    """
+    if isinstance(x, Tensor) and x.dim() and not x.is_nested and x.size(0) == count:
+        return x[start:stop]
+
+    def part(item: Any) -> Any:
+        return cut(item, start, stop, count, name)
+
+    if isinstance(x, Mapping):
+        return _map_items(x, part)
+    if isinstance(x, list | tuple):
+        plain = len(x) == count and not any(isinstance(leaf, Tensor | PackedSequence) for leaf in _leaves(x, set()))
+        return x[start:stop] if plain and type(x) in (list, tuple) else _map_sequence(x, part)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return _map_fields(x, part)
+    if isinstance(x, Tensor) or any(isinstance(leaf, Tensor | PackedSequence) for leaf in _leaves(x, set())):
+        what = f"tensor of shape {_shape(x)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{name}: cannot cut a {what} in a batch of {count} samples; give tensors with their samples in the first "
+            "dimension, in lists, tuples, mappings or dataclasses, or batches that need not be cut"
+        )
     return x
 
 
@@ -45,8 +81,8 @@ def _same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-def _map_items(x: Mapping[Any, Any], device: torch.device) -> Any:
-    items = {key: to_device(value, device) for key, value in x.items()}
+def _map_items(x: Mapping[Any, Any], f: Callable[[Any], Any]) -> Any:
+    items = {key: f(value) for key, value in x.items()}
     if _same(items.values(), x.values()):
         return x
     if type(x) is dict:
@@ -60,7 +96,10 @@ def _map_items(x: Mapping[Any, Any], device: torch.device) -> Any:
     return own
 
 
-def _sequence_like(x: Any, items: list[Any]) -> Any:
+def _map_sequence(x: Any, f: Callable[[Any], Any]) -> Any:
+    items = [f(item) for item in x]
+    if _same(items, x):
+        return x
     if hasattr(x, "_fields"):  # a named tuple takes its items one by one
         return type(x)(*items)
     if type(x) in (list, tuple) or isinstance(x, tuple):
@@ -70,15 +109,19 @@ def _sequence_like(x: Any, items: list[Any]) -> Any:
     return own
 
 
-def _map_fields(x: Any, device: torch.device) -> Any:
+def _map_fields(x: Any, f: Callable[[Any], Any]) -> Any:
     names = [field.name for field in dataclasses.fields(x)]
-    items = [to_device(getattr(x, name), device) for name in names]
+    items = [f(getattr(x, name)) for name in names]
     if _same(items, (getattr(x, name) for name in names)):
         return x
     own = copy.copy(x)
     for name, item in zip(names, items, strict=True):
         object.__setattr__(own, name, item)  # frozen ones too: the copy is ours
     return own
+
+
+def _shape(x: Tensor) -> str:
+    return str((x.size(0), "...") if x.is_nested else tuple(x.shape))
 
 
 def _leaves(x: Any, seen: set[int]) -> Iterator[Any]:
@@ -110,7 +153,7 @@ def first_dimensions(batch: Any) -> dict[int, str]:
         if isinstance(x, PackedSequence):
             sizes.setdefault(int(x.batch_sizes[0]) if len(x.batch_sizes) else 0, "a PackedSequence")
         elif isinstance(x, Tensor) and x.dim():
-            sizes.setdefault(x.size(0), str((x.size(0), "...") if x.is_nested else tuple(x.shape)))
+            sizes.setdefault(x.size(0), _shape(x))
     return sizes
 
 

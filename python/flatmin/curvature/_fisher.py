@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import describe
 from ._matrix import Matrix, directional_differences, jacobian_product, transposed_product
 from ._measurement import Measurement
 
@@ -33,7 +34,7 @@ def sample_losses(m: Measurement, inputs: Any, targets: Any) -> Tensor:
 
 def losses_of(loss_of: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, what: str) -> Tensor:
     """The same, of what the model has returned. ``what`` wants it, as an error says."""
-    size = len(targets)
+    size = _count(targets, what)
     for t in _tensors(outputs):
         if t.dim() == 0 or len(t) != size:
             raise ValueError(
@@ -48,6 +49,18 @@ def losses_of(loss_of: Callable[[Any, Any], Tensor], outputs: Any, targets: Any,
         return torch.func.vmap(one)(outputs, targets).reshape(size)
     pieces = [loss_of(*(_each(part, lambda t, i=i: t[i : i + 1]) for part in (outputs, targets))) for i in range(size)]
     return torch.stack(pieces)
+
+
+def _count(targets: Any, what: str) -> int:
+    """Number of samples: a container of tensors has that of its tensors."""
+    sizes = {len(t) for t in _tensors(targets) if t.dim()}
+    if len(sizes) == 1:
+        return sizes.pop()
+    raise ValueError(
+        f"data: the targets are a {describe(targets)}; {what} takes the loss of each sample, so loss_fn needs targets "
+        "that are tensors, with the samples in their first dimension (a model that computes its own loss must give its "
+        "outputs and targets instead: curvature.Batches(data, forward=...))"
+    )
 
 
 def _tensors(tree: Any) -> list[Tensor]:

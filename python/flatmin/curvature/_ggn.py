@@ -24,7 +24,8 @@ def _outputs(m: Measurement, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(
             f"model: returned a {type(outputs).__name__}; matrix='ggn' needs one tensor of real numbers, by which the "
-            "loss is differentiated"
+            "loss is differentiated (where it is part of something else, curvature.Batches(data, forward=...) takes it "
+            "out)"
         )
     return outputs, targets
 

@@ -213,9 +213,8 @@ class _Run:
         # Relative to ||A||: what rounding leaves of a vector that is 0; what counts as converged whatever ``tol`` says.
         self.nothing = 50.0 * epsilon * (A.shape[0] ** 0.5 if epsilon < 1e-10 else 1.0)
         self.floor = max(2.0 * self.nothing, torch.finfo(basis.rows.dtype).eps)
-        self.root = epsilon**0.5
         self.dropped = 0.0
-        # how much of each vector belongs to the Krylov space since the last breakdown
+        # how much of each vector belongs to the Krylov space since the last one was exhausted
         self.current = torch.ones(size, dtype=torch.float64)
 
     def begin(self, start: Any) -> None:
@@ -242,7 +241,8 @@ class _Run:
         self.scale = max(self.scale, float(torch.linalg.vector_norm(coefficients)), beta)
         self.beta, self.w = beta, w
         self.values, self.y = torch.linalg.eigh(t[: j + 1, : j + 1])
-        self.residuals = torch.hypot(beta * self.y[-1].abs(), torch.tensor(self.dropped, dtype=torch.float64))
+        self.own = beta * self.y[-1].abs()  # without what breakdowns have left out of the vectors before them
+        self.residuals = torch.hypot(self.own, torch.tensor(self.dropped, dtype=torch.float64))
         self.broken = basis.count == self.A.shape[0]
         found = self._wanted()
         done = self._within()[found]
@@ -250,11 +250,9 @@ class _Run:
             worst = float(self.residuals[found].max())
             self.A.note(f"{int(done.sum())} of {len(found)} converged, largest residual {worst:.1e}")
         complete = bool(done.all()) and len(found) == min(len(self._keys()) * self.k, self.A.shape[0])
-        nothing = self.nothing * self.scale
-        if complete:  # all have, where the space is exhausted: rounding may have left more of the last vector
-            allowed = float(self._allowed(self.values[found]).min())
-            nothing = max(nothing, min(0.1 * allowed, self.root * self.scale))
-        self.broken = self.broken or beta <= nothing
+        self.broken = self.broken or beta <= self.nothing * self.scale
+        # what is left of the last vector may be rounding, and more than nothing: then all that there is has converged
+        self.exhausted = self.broken or bool((self.own <= self._allowed(self.values)).all())
         return (complete and self._no_more()) or basis.count == self.A.shape[0]
 
     def _room(self) -> bool:
@@ -271,8 +269,9 @@ class _Run:
             t[:j, :j] = torch.diag(self.values[keep])
             border = self.y[-1, keep]
             self.current[:j] = self.current[: len(self.y)] @ self.y[:, keep] ** 2
-        if self.broken:
+        if self.exhausted:
             self.current[:j] = 0.0
+        if self.broken:
             self.breakdowns += 1
             self.dropped = math.hypot(self.dropped, self.beta)
             if not self._fresh_vector():
@@ -326,7 +325,7 @@ class _Run:
 
     def _allowed(self, values: Tensor) -> Tensor:
         """The largest residuals at which they have converged."""
-        return torch.clamp(self.tol * values.abs(), min=self.floor * self.scale)
+        return torch.clamp(self.tol * values.abs(), min=math.hypot(self.floor * self.scale, self.dropped))
 
     def _within(self) -> Tensor:
         return self.residuals <= self._allowed(self.values)
@@ -334,8 +333,8 @@ class _Run:
     def _no_more(self) -> bool:
         """Whether what is wanted is not only a part of what the whole space holds.
 
-        After a breakdown the rest of the space may hold more of the same: the best that the run has found there must
-        have converged too, and at a breakdown it must be less than what is wanted.
+        Where a Krylov space is exhausted the rest of the space may hold more of the same, or better: the best that the
+        run has found there must have converged too, and where that is exhausted as well be less than what is wanted.
         """
         mass = self.current[: len(self.values)] @ self.y**2
         here = (mass > 0.5).nonzero().flatten()
@@ -343,9 +342,9 @@ class _Run:
             if not len(here):
                 return False
             top = int(here[key[here].argmax()])
-            if self.residuals[top] > self._allowed(self.values[top]):
+            if self.own[top] > self._allowed(self.values[top]):
                 return False
-            if self.broken:
+            if self.exhausted:
                 least = float(key.sort(descending=True).values[self.k - 1])
                 if float(key[top]) > least + self.floor * self.scale:
                     return False

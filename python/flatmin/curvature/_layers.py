@@ -86,7 +86,8 @@ def layer_eigenvalues(
 
     Args:
         model, loss_fn, data, params: see :mod:`flatmin.curvature`.
-        k: how many of each layer, or as many as it has parameters.
+        k: how many of each layer, or as many as it has parameters. With which="both" of each end; the ends do not
+            overlap, and a layer of one parameter has its one value.
         by: as in :func:`layer_traces`.
         options: all others of :func:`eigenvalues`.
 
@@ -99,9 +100,11 @@ def layer_eigenvalues(
     results = {}
     for name, positions in _groups(whole.names, by).items():
         block = [whole.params[i] for i in positions]
-        ends = 2 if options.get("which") == "both" else 1
-        count = min(k, max(1, sum(p.numel() for p in block) // ends))
-        results[name] = eigenvalues(model, loss_fn, data, k=count, params=block, **options)
+        size, own = sum(p.numel() for p in block), dict(options)
+        if own.get("which") == "both" and size == 1:
+            own["which"] = "largest"
+        count = min(k, size // 2 if own.get("which") == "both" else size)
+        results[name] = eigenvalues(model, loss_fn, data, k=count, params=block, **own)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,7 +65,8 @@ class Measurement:
 
     The loss is that of the model in the mode in which it is, as a fixed function of the weights: each pass over
     ``data`` starts with the random numbers and the buffers that the block was entered with, so that dropout draws the
-    same masks and a shuffling loader the same order. The generators of torch, Python and numpy are set back. On exit
+    same masks and a shuffling loader the same order. The generators of torch, Python and numpy are set back, and those
+    that a module of the model keeps as an attribute. A criterion that is a module counts as one of the model's. On exit
     weights, buffers and generators are as they were, whatever happened. ``.grad``, ``requires_grad`` and the mode are
     never touched.
 
@@ -105,6 +107,11 @@ class Measurement:
             raise TypeError(f"model: {type(model).__name__} given; give the torch.nn.Module that is measured")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: {type(loss_fn).__name__} given; give a function of model(inputs) and targets")
+        if any(_reduction(f) == "sum" for f in _wrapped(loss_fn)):
+            raise ValueError(
+                "loss_fn: has reduction='sum', but measurements take the mean loss of a batch, and weigh it by the "
+                "batch's size themselves; give reduction='mean', and multiply the result if you need the sum"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.params = check_params(model, params)
@@ -122,14 +129,14 @@ class Measurement:
         self._away = False
 
     def __enter__(self) -> Measurement:
+        criteria = [f for f in _wrapped(self.loss_fn) if isinstance(f, nn.Module)]
+        modules = list(dict.fromkeys(module for root in (self.model, *criteria) for module in root.modules()))
         self._buffers = [
-            (module, key, buffer, buffer.clone())
-            for module in self.model.modules()
-            for key, buffer in module._buffers.items()
-            if buffer is not None
+            (module._buffers, {key: None if b is None else (b, b.clone()) for key, b in module._buffers.items()})
+            for module in modules
         ]
         self._random = Generators(self.model)
-        self._own_random = self.data.generators()
+        self._own_random = self.data.generators(modules)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -304,10 +311,17 @@ class Measurement:
         torch.clear_autocast_cache()  # it holds 16-bit copies of the weights
         self._random.set()
         self._own_random.set()
-        for module, key, buffer, saved in self._buffers:
-            module._buffers[key] = buffer
-            if not torch.equal(buffer, saved):  # a copy would invalidate graphs that hold the buffer
-                buffer.copy_(saved)
+        for buffers, before in self._buffers:
+            for key, now in list(buffers.items()):
+                if key not in before:  # a forward pass has registered it
+                    del buffers[key]
+                elif before[key] is None and now is not None:
+                    buffers[key] = None
+            for key, pair in before.items():
+                if pair is not None:
+                    buffers[key] = pair[0]
+                    if not torch.equal(*pair):  # a copy would invalidate graphs that hold the buffer
+                        pair[0].copy_(pair[1])
 
 
 def shared_by(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.Module, ProcessGroup | None]:
@@ -316,6 +330,20 @@ def shared_by(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module, process_group or model.process_group
     return model, process_group
+
+
+def _wrapped(loss_fn: Any) -> Iterator[Any]:
+    """``loss_fn`` and what it wraps: the function of a partial one, the criterion of one that also counts."""
+    while loss_fn is not None:
+        yield loss_fn
+        loss_fn = loss_fn.func if isinstance(loss_fn, functools.partial) else getattr(loss_fn, "__wrapped__", None)
+
+
+def _reduction(loss_fn: Any) -> Any:
+    """Of one of torch's criteria, or of a partial function; None where it is not said."""
+    if isinstance(loss_fn, functools.partial):
+        return loss_fn.keywords.get("reduction")
+    return getattr(loss_fn, "reduction", None)
 
 
 def _dense(x: Tensor | None, like: Tensor) -> Tensor:

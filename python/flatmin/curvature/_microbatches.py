@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from ._batches import Batches, iterable
-from ._containers import first_dimensions
+from ._containers import cut, first_dimensions
 
 __all__ = ["micro_batches"]
 
@@ -43,21 +41,4 @@ class _Pieces:
                 yield batch
                 continue
             for start in range(0, count, self.size):
-                yield _slice(batch, start, start + self.size, count)
-
-
-def _slice(x: Any, start: int, stop: int, count: int) -> Any:
-    if isinstance(x, Tensor):
-        if x.dim() == 0 or len(x) != count:
-            raise ValueError(
-                f"micro_batch: cannot cut a tensor of shape {tuple(x.shape)} in a batch of {count} samples; tensors "
-                "of a batch need their samples in the first dimension"
-            )
-        return x[start:stop]
-    if isinstance(x, Mapping):
-        return {key: _slice(value, start, stop, count) for key, value in x.items()}
-    if type(x) in (list, tuple):
-        if len(x) == count and not any(isinstance(item, Tensor) for item in x):  # one item for each sample
-            return x[start:stop]
-        return type(x)(_slice(item, start, stop, count) for item in x)
-    return x
+                yield cut(batch, start, start + self.size, count, "micro_batch")

@@ -116,35 +116,60 @@ def _exact(A: SymmetricOperator) -> ScalarEstimate:
 def _hutch_pp(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
     q = basis(products // 3)
     size = len(q.rows)
-    _range(A, q, probe, size)
-    inside = [float(q.coefficients(A @ q.row(i))[i]) for i in range(q.count)]
+    _range(A, q, probe, range(size))
+    return _hutch_pp_from(A, q, products, probe, size)
+
+
+def _hutch_pp_from(A: SymmetricOperator, q: Basis, products: int, probe: Probe, used: int) -> ScalarEstimate:
+    """The trace in the span of ``q``, on which ``used`` products are spent, and by Hutchinson's estimator that of the
+    rest, with as many as are left."""
+    if q.coarse and used < products // 3:  # there is more than rounding to find in the range
+        _range(A, q, probe, range(used, products // 3))
+        used = products // 3
+    h, _ = _compressed(A, q)
     rest = []
-    for draw in range(size, products - size):  # as many as are left
+    for draw in range(used, products - q.count):
         g = probe(draw)
         q.orthogonalise(g)
         rest.append(_inner(g, A @ g))
-    found = scalar_estimate(rest)
-    return _rounded(found._replace(value=found.value + sum(inside)), inside, q)
+    found, inside = scalar_estimate(rest), h.diagonal().tolist()
+    return _rounded(found._replace(value=found.value + math.fsum(inside)), inside, q)
+
+
+def _compressed(A: SymmetricOperator, q: Basis) -> tuple[Tensor, Tensor]:
+    """``A`` in the span of ``q``, and the Cholesky factor L of its Gram matrix: vectors in 16 bits are orthonormal to
+    their rounding only. ``inv(L) q`` are orthonormal, and what the first result is in terms of."""
+    k = q.count
+    h = torch.stack([q.coefficients(A @ q.row(i)) for i in range(k)]) if k else torch.zeros(0, 0, dtype=torch.float64)
+    h = 0.5 * (h + h.t())
+    factor = torch.eye(k, dtype=torch.float64)
+    if q.coarse and k:
+        gram = torch.stack([q.coefficients(q.row(i)) for i in range(k)])
+        factor = torch.linalg.cholesky(0.5 * (gram + gram.t()))
+        h = torch.linalg.solve_triangular(factor, h, upper=False)
+        h = torch.linalg.solve_triangular(factor, h.t(), upper=False)
+    return h, factor
 
 
 def _xtrace(A: SymmetricOperator, products: int, probe: Probe, basis: NewBasis) -> ScalarEstimate:
     """The mean of estimates that each leave one vector out of the basis and sample with it, all in the space of Q.
 
     With ``A w_i = Q r_i``, the span of the r_j without r_i is the complement of s_i, the i-th vector of the dual basis.
+    Where one adds nothing to the range, that is known, and the rest is sampled as Hutch++ does.
     The estimates share vectors, so their spread alone understates the error of their mean. As each has the right mean
     whatever the other vectors are, the covariance of two is the mean of the product of what w_j does to the i-th and
     w_i to the j-th, which is known too.
     """
     q = basis(products // 2)
     k = len(q.rows)
-    r = _range(A, q, probe, k)
-    h = torch.stack([q.coefficients(A @ q.row(i)) for i in range(q.count)]) if q.count else r @ r.t()
-    h = 0.5 * (h + h.t())
-    w = torch.stack([q.coefficients(probe(i)) for i in range(k)], dim=1) if q.count else r
+    r = _range(A, q, probe, range(k), stop=True)
+    if q.count < k:
+        return _hutch_pp_from(A, q, products, probe, q.count + 1)
+    h, factor = _compressed(A, q)
+    r = factor.t() @ r
+    w = torch.stack([q.coefficients(probe(i)) for i in range(k)], dim=1)
+    w = torch.linalg.solve_triangular(factor, w, upper=False)
     inside = h.diagonal().tolist()
-    if q.count < k:  # without any one of the vectors the range is the same
-        nothing = torch.zeros(1, 1, q.count, dtype=torch.float64)
-        return _rounded(scalar_estimate([float(_without(h, w[:, i], r[:, i], nothing)) for i in range(k)]), inside, q)
     dual = torch.linalg.solve(r.t(), torch.eye(k, dtype=torch.float64)).t()
     dual = dual / torch.linalg.vector_norm(dual, dim=1, keepdim=True)
     single = torch.stack([_without(h, w[:, i], r[:, i], dual[i].expand(1, 1, k)) for i in range(k)]).flatten()
@@ -178,18 +203,23 @@ _ESTIMATORS: dict[str, tuple[int, Callable[[SymmetricOperator, int, Probe, NewBa
 }
 
 
-def _range(A: SymmetricOperator, q: Basis, probe: Probe, size: int) -> Tensor:
-    """Fill ``q`` with an orthonormal basis of ``A w_0, A w_1, ..``: the coefficients of these, one column each. What is
-    a combination of those before, but for rounding, adds no vector."""
-    columns = torch.zeros(size, size, dtype=torch.float64)
-    epsilon = torch.finfo(q.dtype).eps
-    for i in range(size):
-        y = A @ probe(i)
+def _range(A: SymmetricOperator, q: Basis, probe: Probe, draws: range, stop: bool = False) -> Tensor:
+    """Fill ``q`` with an orthonormal basis of ``A w``, a w for each of the draws: the coefficients of these, one column
+    each. What is a combination of those before, but for rounding, adds no vector. With ``stop`` it is the last one, and
+    rounding is that of the vectors as they are kept, to which the coefficients of those before are known."""
+    columns = torch.zeros(len(q.rows), len(draws), dtype=torch.float64)
+    least = 100.0 * torch.finfo(q.dtype).eps
+    if stop:
+        least = max(least, 4.0 * torch.finfo(q.rows.dtype).eps)
+    for i, draw in enumerate(draws):
+        y = A @ probe(draw)
         coefficients, rest = q.orthogonalise(y)
         columns[: q.count, i] = coefficients
-        if rest > 100.0 * epsilon * float(torch.linalg.vector_norm(coefficients)):
+        if rest > least * float(torch.linalg.vector_norm(coefficients)):
             columns[q.count, i] = rest
             q.append(y, rest)
+        elif stop:
+            break
         del y  # a product needs memory of its own
     return columns[: q.count]
 

@@ -242,6 +242,8 @@ def _continued(new: Landscape, path: Any, group: ProcessGroup | None) -> Landsca
 def _resumed(new: Landscape, path: Any) -> Landscape:
     stored = _stored(path)
     if stored is None:
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"path: {os.fspath(path)} lies in no folder that exists; make the folder first")
         return new
     for what in ("axes", "labels", "batch_norm", "identity"):
         if getattr(stored, what) != getattr(new, what):

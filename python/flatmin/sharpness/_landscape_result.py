@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Landscape(Grid):
             found = json.loads(Path(path).read_text())
             if found.pop("format") != "flatmin landscape 1":
                 raise KeyError
-            return cls(
+            new = cls(
                 axes=tuple(map(tuple, found["axes"])),
                 labels=tuple(found["labels"]),
                 values=[None if v is None else (v[0], v[1]) for v in found["values"]],
@@ -52,7 +53,12 @@ class Landscape(Grid):
                 batch_norm=found["batch_norm"],
                 identity=found["identity"],
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            if len(new.values) != math.prod(new.shape):
+                raise KeyError
+            return new
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, OSError) as error:
+            if isinstance(error, OSError) and not Path(path).is_dir():
+                raise
             raise ValueError(f"path: {os.fspath(path)} holds no landscape; give a file that save() wrote") from error
 
     def plot(self, path: Any = None, *, kind: str = "contour", log: bool | None = None) -> Any:

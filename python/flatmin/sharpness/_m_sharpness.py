@@ -162,9 +162,10 @@ def _ascend(
     point, best, slope, length = start, loss, gradient, ball.rho
     for step in range(steps):
         last = step + 1 == steps
-        # SAM's own step where nothing follows: it needs no copy of the weights' size
-        new = None if last and point is None else ball.step(point, slope, length)
-        move = ball.sam(slope) if last and point is None else None if new is None else ball.to(new)
+        # SAM's own step where it is the only one: it needs no copy of the weights' size
+        alone = steps == 1 and point is None
+        new = None if alone else ball.step(point, slope, length)
+        move = ball.sam(slope) if alone else None if new is None else ball.to(new)
         if move is None:
             break
         with m.moved(move):

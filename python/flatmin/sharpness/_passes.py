@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._rng import Generators
+from ..curvature._containers import cut
 from ..curvature._measurement import Measurement
 
 __all__ = ["DIRECTIONS", "STARTS", "Pieces", "check_p", "groups", "loss_and_gradient", "loss_of", "replayed", "shift"]
@@ -31,12 +32,10 @@ def groups(m: Measurement, size: int) -> Iterator[Pieces]:
         start = 0
         while start < count:
             stop = min(count, start + size - have)
-            whole = stop - start == count
-            pieces.append(
-                (inputs, targets, count)
-                if whole
-                else (_cut(inputs, start, stop, count), _cut(targets, start, stop, count), stop - start)
-            )
+            parts = [inputs, targets]
+            if stop - start < count:
+                parts = [cut(part, start, stop, count, "data") for part in parts]
+            pieces.append((*parts, stop - start))
             have += stop - start
             start = stop
             if have == size:
@@ -44,22 +43,6 @@ def groups(m: Measurement, size: int) -> Iterator[Pieces]:
                 pieces, have = [], 0
     if pieces:
         yield pieces
-
-
-def _cut(x: Any, start: int, stop: int, count: int) -> Any:
-    """Samples ``start`` to ``stop`` of ``count``."""
-    if x is None:
-        return None
-    if isinstance(x, Tensor) and x.dim() and len(x) == count:
-        return x[start:stop]
-    if isinstance(x, Mapping):
-        return {key: _cut(value, start, stop, count) for key, value in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)(_cut(item, start, stop, count) for item in x)
-    raise ValueError(
-        f"data: a batch of {count} samples must be split into groups, but it holds a {type(x).__name__} whose first "
-        "dimension does not count them; give tensors, or batches of m samples"
-    )
 
 
 def replayed(m: Measurement, pieces: Pieces) -> Callable[[], Iterator[tuple[Any, Any, int]]]:

@@ -52,7 +52,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int
 
 
 def number(x: float | None, digits: int = 5) -> str:
-    return "" if x is None or math.isnan(x) else f"{x:,.0f}" if x == int(x) and abs(x) >= 1e4 else f"{x:.{digits}g}"
+    if x is None or math.isnan(x):
+        return ""
+    return f"{x:,.0f}" if abs(x) >= 1e4 and math.isfinite(x) and x == int(x) else f"{x:.{digits}g}"
 
 
 def settings_lines(settings: dict[str, Any]) -> list[str]:

@@ -21,6 +21,12 @@ class RunningStatistics:
 
     def __init__(self, m: Measurement) -> None:
         self.m = m
+        for name, layer in m.model.named_modules():
+            if isinstance(layer, torch.jit.ScriptModule) and getattr(layer, "running_mean", None) is not None:
+                raise ValueError(
+                    f"batch_norm: 'recompute' given, but {name or 'the model'!r} is scripted, which hides its "
+                    "settings; give 'keep', or the model before torch.jit.script"
+                )
         self.layers = [
             layer
             for layer in m.model.modules()

@@ -20,7 +20,7 @@ class Scored:
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
-        self.loss_fn = loss_fn
+        self.loss_fn = self.__wrapped__ = loss_fn
         self.known = True
         self._right: list[Tensor] = []
         self._total = 0
