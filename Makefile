@@ -126,8 +126,9 @@ ctest: $(VENV)/.test-tools
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --timeout 300 --parallel $(JOBS)
 	build/tests/tests/c/fm_test_shipped digests > build/digests.txt
 
+# A process for each core, so a thread for each: two teams of threads on the same cores wait for each other.
 pytest: $(VENV)/.wheel-installed $(VENV)/.test-tools
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # An environment of their own: its packages are pinned, and torchvision's library fits no CPU build of torch. No test may
 # be left out for a package that is missing.
