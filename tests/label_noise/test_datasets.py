@@ -297,6 +297,14 @@ def test_collate_keeps_a_namedtuple() -> None:
     assert isinstance(batch, Batch) and batch.label.tolist() == [1, 1]
 
 
+def test_items_keep_a_namedtuple() -> None:
+    items = [Batch(torch.zeros(3), torch.tensor(0)), Batch(torch.ones(3), torch.tensor(1))]
+    loader = DataLoader(LabelNoise(2, 1.0, "exclude_true").wrap(items), batch_size=2)
+    (batch,) = loader
+    assert isinstance(batch, Batch) and batch.label.tolist() == [1, 0]
+    assert batch.image.tolist() == [[0.0] * 3, [1.0] * 3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-__all__ = ["Collate"]
+__all__ = ["Collate", "with_entry"]
 
 
 class Collate:
@@ -36,7 +36,11 @@ class Collate:
             )
         index = None if self.index is None else batch[self.index]
         noisy = self.noise(batch[self.target], index=index)
-        made: list[Any] = list(batch)
-        made[self.target] = noisy
-        # a namedtuple takes its entries one by one
-        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
+        return with_entry(batch, self.target, noisy)
+
+
+def with_entry(items: Any, place: int, value: Any) -> Any:
+    """A tuple or list of the same type with another entry; a namedtuple takes its entries one by one."""
+    made: list[Any] = list(items)
+    made[place] = value
+    return type(items)(*made) if hasattr(items, "_fields") else type(items)(made)

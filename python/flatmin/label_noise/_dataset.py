@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from ._collate import with_entry
 from ._kinds import integers
 
 __all__ = ["NoisyDataset"]
@@ -67,7 +68,7 @@ class NoisyDataset(Dataset[Any]):
                 "target_transform?); give wrap() the labels as the items have them"
             )
         noisy = self.targets[i].to(label.device) if isinstance(label, Tensor) else int(self.targets[i])
-        return (item[0], noisy, *item[2:])
+        return with_entry(item, 1, noisy)
 
     def __repr__(self) -> str:
         n = int(self.flipped.sum())
